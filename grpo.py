@@ -1,0 +1,253 @@
+"""grpo.py: the learner. Group-relative policy optimization (GRPO) and low-rank adapters (LoRA), as pure functions of tensors.
+
+It knows nothing of pictures, games or prompts: it takes log-probabilities and rewards, and gives a loss; it takes a model, and gives it
+a few trainable matrices. Read `group_advantages`, `kl_k3` and `grpo_loss`: they are the whole algorithm.
+
+Sources: GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3-4), PPO's clip (1707.06347, eq. 7), the k3 estimator (Schulman 2020,
+joschu.net/blog/kl-approx.html), Dr. GRPO (2503.20783), DAPO (2503.14476), LoRA (2106.09685, section 4.1).
+
+Where it departs from them:
+1. The standard deviation of a group has a floor. Rewards here are probabilities, so the G answers can differ by mere rounding, and
+   (r - mean) / std would blow that noise up to advantages of +-1. A group whose rewards are all equal gets exactly 0.
+2. Adapters sit on the language model only, without dropout: the vision tower is frozen so that a picture is encoded once, and dropout
+   would make the policy that is trained differ from the one that was sampled.
+3. k3's value estimates KL(policy || reference), but the gradient of k3 as a loss is that of KL(reference || policy). The paper uses it
+   so, and so do we.
+
+Shapes: B prompts, G samples a prompt, N = B*G sequences, C completion length, V vocabulary, r rank of an adapter.
+"""
+import contextlib
+import json
+import math
+import os
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the seven of each decoder layer
+
+
+# ------------------------------------------------------------------------------------------------------------------- GRPO
+def group_advantages(rewards, *, std_floor=0.0):
+    """How much better than its siblings is each answer?   A_i = (r_i - mean r) / (std r + 1e-4)   (DeepSeekMath, section 4.1.2)
+
+    rewards [B, G], one row a prompt, G >= 2 -> advantages [B, G]. The std is the unbiased one (n - 1), never taken smaller than
+    `std_floor`. Raises ValueError on a group of one (it has no siblings) and on a reward that is not a finite number.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"advantages need rewards [B, G] with G >= 2 answers a prompt, not {list(rewards.shape)}")
+    if not rewards.isfinite().all():
+        raise ValueError("a reward is not a finite number; scoring must have failed")
+    centred = rewards - rewards.mean(-1, keepdim=True)  # [B, G]
+    scaled = centred / (rewards.std(-1, keepdim=True).clamp(min=std_floor) + 1e-4)  # [B, G]
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # [B, 1]
+    return scaled.masked_fill(equal, 0.0)  # else 8 x 0.7 minus its own mean is 6e-8, and not 0
+
+
+def token_logps(logits, ids):
+    """log pi(id | everything before it), in fp32.   logits [..., V] that predict ids [...] -> [...]"""
+    logits = logits.float()  # bf16 would be off by up to 0.02 nats, which lands in exp(ratio)
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def kl_k3(logp, ref_logp):
+    """Schulman's k3 estimate of KL(policy || reference) per token:   exp(d) - d - 1 with d = ref_logp - logp.   Never negative."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.2, beta=0.04, loss="grpo", max_length=None, total=None):
+    """The clipped surrogate with a KL penalty, to be minimised.
+
+        ratio_t = pi(o_t) / pi_old(o_t)
+        l_t     = -min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) + beta k3_t
+
+    and the mean of l_t over tokens, which is where the named variants differ:
+        "grpo"     mean over a sequence's tokens, then over sequences                   (DeepSeekMath, eq. 3)
+        "dr_grpo"  sum / (sequences x max_length): a long answer is not diluted         (Dr. GRPO)
+        "dapo"     sum / all tokens of the batch: every token weighs the same           (DAPO)
+
+    logp, old_logp, ref_logp, mask [N, C] (mask 1 up to and including the first end of text); advantages [N].
+    `total` splits a batch into micro-batches without changing the gradient: what the whole batch has of sequences ("grpo", "dr_grpo")
+    or of tokens ("dapo"); the losses of the micro-batches then add up to that of the batch.
+    Returns (loss, stats): `kl` mean k3 per token; `clip_high`, `clip_low` share of tokens whose gradient the clip has cut.
+    With one update per batch of samples ratio is exactly 1 and the clip is idle; it works from the second update (mu > 1) on.
+    """
+    mask = mask.to(logp.dtype)
+    ratio = (logp - old_logp).exp()  # [N, C]
+    A = advantages[:, None]  # [N, 1]
+    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, C]; min for either sign of A, as in PPO
+    kl = kl_k3(logp, ref_logp)  # [N, C]
+    per_token = (-surrogate + beta * kl) * mask  # [N, C]
+    tokens = mask.sum(-1).clamp(min=1)  # [N]
+    if loss == "grpo":
+        value = (per_token.sum(-1) / tokens).sum() / (total or len(logp))
+    elif loss == "dr_grpo":
+        if not max_length:
+            raise ValueError('loss "dr_grpo" divides by the longest possible answer: give max_length')
+        value = per_token.sum() / ((total or len(logp)) * max_length)
+    elif loss == "dapo":
+        value = per_token.sum() / (total or mask.sum().clamp(min=1))
+    else:
+        raise ValueError(f'unknown loss "{loss}": grpo, dr_grpo or dapo')
+    share = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()  # noqa: E731
+    with torch.no_grad():
+        stats = {"kl": share(kl), "clip_high": share((ratio > 1 + eps_high) & (A > 0)), "clip_low": share((ratio < 1 - eps_low) & (A < 0))}
+    return value, stats
+
+
+# ------------------------------------------------------------------------------------------------------------------- LoRA
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x   with W frozen, A [r, in] random and B [out, r] zero, so that it starts as the identity (LoRA, 4.1).
+
+    A and B are kept in fp32 whatever W is: a step of 1e-5 on a bf16 number is mostly rounded away.
+    """
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        new = lambda i, o: nn.Linear(i, o, bias=False, device=base.weight.device, dtype=torch.float32)  # noqa: E731
+        self.base, self.lora_A, self.lora_B = base, new(base.in_features, rank), new(rank, base.out_features)
+        self.rank, self.alpha, self.on = rank, alpha, True
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):  # [..., in]
+        y = self.base(x)  # [..., out]
+        if self.on:
+            low = F.linear(x, self.lora_A.weight.to(x.dtype)) * (self.alpha / self.rank)  # [..., r]
+            y = y + F.linear(low, self.lora_B.weight.to(x.dtype))  # [..., out]
+        return y
+
+
+def lora_layers(model):
+    """{dotted name: LoRALinear} of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model, rank, alpha, *, names=None):
+    """Freeze the model and wrap linear layers of its language model: the seven projections of each layer, or just `names`.
+
+    Returns the dotted names of the wrapped layers. Raises ValueError where there is nothing to wrap or adapters are there already.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has adapters already; merge_lora(model) first")
+    if names is None:
+        names = [name for name, module in model.named_modules()
+                 if isinstance(module, nn.Linear) and name.split(".")[-1] in LINEARS and "visual" not in name]
+    if not names:
+        raise ValueError(f"no layer to adapt: the model has none of {', '.join(LINEARS)}")
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha))
+    return list(names)
+
+
+@contextlib.contextmanager
+def lora_off(model):
+    """Inside this block the model is what it was before training: the reference policy, and the listener."""
+    layers, before = list(lora_layers(model).values()), []
+    try:
+        before = [layer.on for layer in layers]
+        for layer in layers:
+            layer.on = False
+        yield model
+    finally:
+        for layer, on in zip(layers, before):
+            layer.on = on
+
+
+def merge_lora(model):
+    """Fold every adapter into its weight, W + (alpha / r) B A, and take the wrapper away: a plain model for export.
+
+    Rounding to a bf16 weight loses most of a small update, so merge at the end, never to sample while training.
+    """
+    for name, layer in lora_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        with torch.no_grad():
+            delta = (layer.alpha / layer.rank) * layer.lora_B.weight @ layer.lora_A.weight  # [out, in]
+            layer.base.weight.copy_(layer.base.weight.float() + delta)
+        setattr(model.get_submodule(parent), leaf, layer.base)
+    return model
+
+
+# ------------------------------------------------------------------------------------- the adapter on disk, in PEFT's format
+PEFT_PREFIX = "base_model.model."
+
+
+def write_atomically(path, write):
+    """Call `write(temporary path)`, then move the result into place: whoever reads `path` sees the old file or the new one, whole."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lora_state(model):
+    """{"<layer>.lora_A.weight": tensor, ...}: all that training changes."""
+    return {f"{name}.{part}.weight": getattr(layer, part).weight.detach()
+            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+
+
+def save_adapter(model, folder, base=""):
+    """Write the adapters as PEFT does (adapter_model.safetensors, adapter_config.json), so that PEFT and vLLM load them."""
+    folder, layers = pathlib.Path(folder), lora_layers(model)
+    if not layers:
+        raise ValueError("nothing to save: the model has no adapters")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PEFT_PREFIX + key: value.cpu().contiguous() for key, value in lora_state(model).items()}
+    first = next(iter(layers.values()))
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=first.rank, lora_alpha=first.alpha,
+                  target_modules=sorted({name.split(".")[-1] for name in layers}), lora_dropout=0.0, bias="none", inference_mode=True,
+                  fan_in_fan_out=False, init_lora_weights=True, use_rslora=False, use_dora=False, modules_to_save=None, rank_pattern={}, alpha_pattern={})
+    write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+
+
+def load_adapter(model, folder):
+    """Read a PEFT LoRA adapter into the model, wrapping the layers it names if the model has no adapters yet.
+
+    Also reads the key layout of transformers before 4.52 (no `language_model` in the names), which PEFT itself would load as a silent
+    no-op. Raises ValueError, saying what is wrong, on anything it would not reproduce exactly: other adapter kinds, parts outside
+    the language model, missing, unknown or wrongly shaped tensors.
+    """
+    folder = pathlib.Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not an adapter folder: it has no {name}")
+    config, wrong = json.loads((folder / "adapter_config.json").read_text()), []
+    if config.get("peft_type") != "LORA":
+        wrong.append(f"peft_type {config.get('peft_type')}")
+    wrong += [name for name in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(name)]
+    wrong += ["bias"] if config.get("bias", "none") != "none" else []
+    if wrong:
+        raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
+    tensors = {}
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        key = key.removeprefix(PEFT_PREFIX)
+        tensors[key.replace("model.layers.", "model.language_model.layers.", 1) if key.startswith("model.layers.") else key] = value
+    names = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors))
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear)) and "visual" not in name}
+    if unknown := [name for name in names if name not in linears]:
+        raise ValueError(f"{folder} adapts {len(unknown)} layers that this model's language model does not have, such as {unknown[0]}")
+    if not lora_layers(model):
+        add_lora(model, config["r"], config["lora_alpha"], names=names)
+    mine = lora_state(model)
+    if mine.keys() != tensors.keys():
+        raise ValueError(f"{folder} does not fit: {len(mine.keys() ^ tensors.keys())} tensors missing or unexpected, such as {sorted(mine.keys() ^ tensors.keys())[0]}")
+    if odd := [key for key in mine if mine[key].shape != tensors[key].shape]:
+        raise ValueError(f"{folder} does not fit: {odd[0]} has shape {list(tensors[odd[0]].shape)} where the model has {list(mine[odd[0]].shape)}")
+    for key, value in mine.items():
+        value.copy_(tensors[key])
+    for layer in lora_layers(model).values():
+        layer.alpha = config["lora_alpha"]
+    return names
