@@ -1,0 +1,105 @@
+"""reward.py: what a description is worth.
+
+The speaker answers in three fields; the first is for itself, the other two are the description:
+
+    <thinking> I see a mug . </thinking> <coarse> A photo of a red mug </coarse> <detailed> The red striped mug with a star badge. </detailed>
+
+The listener is shown one candidate picture at a time and asked whether the description fits it. What it answers becomes
+
+    rho_u = P(yes) / (P(yes) + P(no))                               how well the description fits candidate u of the K in the pool
+    soft-gated   r = rho_target / sum_u rho_u  if argmax_u rho_u is the target, else 0                                 (the default)
+    binary       r = 1                         if argmax_u rho_u is the target, else 0
+    soft         r = rho_target / sum_u rho_u
+
+plus a term for the format and a small one for the length, each with its weight and its own curve in the log.
+
+Where it departs from the paper and its authors' research code:
+1. An answer is parsed strictly: three fields, in order, nothing around them. One that cannot be parsed earns nothing from the listener
+   and is never shown to it. (The research code had four fallbacks, so malformed answers were paid.)
+2. "soft" pays the share of the *target*. (The research code paid the predicted candidate's, so a confident wrong pick earned reward.)
+3. A tie is not a win: the target must beat every other candidate. Failing to score raises; it never becomes a reward of 0.
+4. Every single-token spelling of yes and no counts, not only the lower-case ones.
+5. The prompts say "the main subject" where the paper's name the category, which nobody knows of a photo on a phone.
+
+Shapes: N descriptions, K candidates in a pool, V vocabulary.
+"""
+import re
+from typing import NamedTuple
+
+import torch
+
+SPEAK = ('Describe the main subject of this photo so that somebody could tell it apart from very similar ones. Answer in exactly this form: '
+         '<thinking> what makes it special </thinking> <coarse> 5 to 6 words that start with "A photo of a" </coarse> '
+         '<detailed> one fluent sentence that starts with "The" and names 3 to 4 visible attributes that set it apart </detailed> '
+         'Do not mention the background, the location or the state of the subject. If it is a person, leave out clothing and accessories.')
+LISTEN = ("Read this description:\n", "\nDoes every part of it fit the main subject of this photo? Answer yes or no.")  # it goes between the two
+
+FIELDS = {"thinking": 0.34, "coarse": 0.33, "detailed": 0.33}  # and what each is worth when it is well formed
+
+
+class Description(NamedTuple):
+    """The part of an answer that others get to read. `text` is what the listener judges and what a database would store."""
+    coarse: str
+    detailed: str
+
+    @property
+    def text(self):
+        return f"{self.coarse.rstrip('.')}. {self.detailed}"
+
+
+def field(answer, name):
+    """The content of the one well-formed <name>...</name> in an answer, or None: twice, empty or with a tag inside does not count."""
+    found = re.findall(rf"<{name}>([^<>]*)</{name}>", answer)
+    once = answer.count(f"<{name}>") == answer.count(f"</{name}>") == len(found) == 1
+    return " ".join(found[0].split()) or None if once else None
+
+
+def parse(answer):
+    """An answer's Description, or None unless it is exactly the three well-formed fields in order."""
+    form = r"\s*".join(rf"<{name}>[^<>]*</{name}>" for name in FIELDS)
+    parts = [field(answer, name) for name in FIELDS]
+    return Description(*parts[1:]) if all(parts) and re.fullmatch(rf"\s*{form}\s*", answer) else None
+
+
+def quoted(text, markers=()):
+    """A description as the listener may read it: between quotation marks that it cannot close, with nothing a chat template understands.
+
+    `markers` are the texts that the tokenizer treats as special. They, angle brackets, quotation marks and line breaks give way to
+    spaces or apostrophes; a space, not nothing, so that the pieces around a marker cannot form a new one.
+    """
+    for marker in sorted(markers, key=len, reverse=True):
+        text = text.replace(marker, " ")
+    text = re.sub(r"<\|.*?\|>|[<>|]", " ", text)
+    return '"' + " ".join(re.sub('["“”„«»`]', "'", text).split()) + '"'
+
+
+def fit(logits, yes, no):
+    """rho = P(yes) / (P(yes) + P(no)) from first-token logits [N, V] in fp32; `yes` and `no` list the ids of every spelling. -> [N]"""
+    logits = logits.float()
+    return torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1))
+
+
+def listener_reward(rho, target, kind="soft_gated"):
+    """rho [N, K], target [N] (its place in the pool) -> (reward [N], right [N] bool: the target beats every other candidate)."""
+    if not rho.isfinite().all() or (rho < 0).any() or (rho > 1).any():
+        raise ValueError("the listener's answer is not a probability; scoring has failed")
+    own = rho.gather(1, target[:, None]).squeeze(1)  # [N]
+    others = rho.scatter(1, target[:, None], -1.0).amax(1)  # [N]
+    right, share = own > others, own / rho.sum(1).clamp(min=1e-30)  # [N], [N]
+    rewards = {"binary": right.float(), "soft": share, "soft_gated": share * right}
+    if kind not in rewards:
+        raise ValueError(f'unknown reward "{kind}": soft_gated, binary or soft')
+    return rewards[kind], right
+
+
+def format_reward(answer):
+    """0.34 + 0.33 + 0.33 for a well-formed thinking, coarse and detailed field."""
+    return sum(worth for name, worth in FIELDS.items() if field(answer, name))
+
+
+def length_reward(description):
+    """1/3 for a coarse phrase of 5 or 6 words, 2/3 for a detailed part that is one sentence of 4 to 40 words."""
+    sentences = re.findall(r"[.!?](?=\s|$)", description.detailed.rstrip(".!? ") + ".")
+    coarse = 5 <= len(description.coarse.split()) <= 6
+    detailed = len(sentences) == 1 and 4 <= len(description.detailed.split()) <= 40
+    return coarse / 3 + 2 * detailed / 3
