@@ -1,0 +1,566 @@
+"""rrg.py: the reinforced multimodal reference game. One multimodal LLM plays both sides; the listener's choice is the speaker's reward.
+
+    1 mine a game   a target photo of somebody's own thing; a pool of K: a very different photo of it, and photos of look-alikes (data.py)
+    2 speak         the model with LoRA on describes the target, G times
+    3 listen        the same model with LoRA off says of each candidate, from the description alone, whether it fits
+    4 reward        how much of the listener's belief is on the right candidate                                          (reward.py)
+    5 advantage     how much better than its G siblings is each description                                              (grpo.py)
+    6 update        make the better ones likelier, staying close to the model with LoRA off                              (grpo.py)
+
+A claim about the background fails on the hard positive, a vague description fits the hard negatives too: what remains is what identifies.
+
+    python rrg.py                                                        # the toy world, on a CPU, in minutes
+    python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data my_photos/    # a real model and your photos, on one GPU
+    python rrg.py --out runs/x --resume                                  # go on with a run that was stopped or killed
+
+Where it departs from the paper and its authors' research code:
+1. Everything is "prefill once, continue many": a picture is encoded once per run, a prompt is read once and its keys and values are
+   shared by all continuations: G samples, their log-probabilities, and every description put to a candidate.
+2. The listener is this network with LoRA off, so there is no second model and no server; equal questions are asked once.
+3. The vision tower is frozen (grpo.py, departure 2).
+4. Sampling is plain: temperature 1, no top-k, top-p or penalties, whatever the checkpoint's own defaults say (Qwen2-VL's say top_k 1, which
+   makes all G samples the same), so the distribution that is sampled is the one whose log-probabilities are trained.
+
+Shapes: B prompts, G samples a prompt, N = B*G rows, K candidates, P prompt length, C completion length, V vocabulary, D width.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import random
+import shlex
+import signal
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data
+import grpo
+import reward
+import toy
+
+# Qwen2-VL's layout, for checkpoints that come without one
+CHAT = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ROWS = 128  # rows that go through the model at once where no gradient is needed; bounds the memory, not the result
+
+
+# ------------------------------------------------------------------------------------------------- the model: two primitives
+@dataclass
+class Prefix:
+    """B prompts that the model has read: their keys and values, which of the P places are real [B, P] (None: all), the position that
+    comes next [B], and the logits of the first continuation token [B, V]."""
+    cache: DynamicCache
+    mask: torch.Tensor | None
+    next: torch.Tensor
+    logits: torch.Tensor
+
+    def rows(self, index):
+        """The prefix of row `index[n]` for each continuation n, sharing nothing with the original but its gradient."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[index], layer.values[index], i)
+        return Prefix(cache, None if self.mask is None else self.mask[index], self.next[index], self.logits[index])
+
+
+@dataclass
+class Answers:
+    """N sampled answers: token ids [N, C], mask [N, C] (1 through the first end of text), log-probs at sampling time [N, C], texts."""
+    ids: torch.Tensor
+    mask: torch.Tensor
+    logps: torch.Tensor
+    texts: list
+
+
+class MLLM:
+    """A Qwen2-VL (or 2.5-VL) by hub name or folder, its tokenizer and its picture processor, and what the game needs of them."""
+
+    def __init__(self, name, max_pixels, device=None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            config = AutoConfig.from_pretrained(name)
+            if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+                raise data.DataError(f"{name} is a {config.model_type}; this program plays with Qwen2-VL and Qwen2.5-VL checkpoints")
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(name, max_pixels=max_pixels)
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self.device).eval()
+        except OSError as error:
+            raise data.DataError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from error
+        self.model.requires_grad_(False)
+        self.decoder, self.config = self.model.model.language_model, self.model.config
+        self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT
+        ends = self.model.generation_config.eos_token_id
+        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)  # Qwen2-VL has two
+        self.image = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        spell = lambda word: sorted({ids[0] for w in (word, word.title(), word.upper()) for text in (w, " " + w)  # noqa: E731
+                                     if len(ids := self.encode(text)) == 1 and ids[0] != self.tokenizer.unk_token_id})
+        self.yes, self.no = spell("yes"), spell("no")
+        self.seen = {}  # photo -> (features [tokens, D], grid [3])
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def each(self, rows, times=1):
+        """0 .. rows - 1, each `times` times in a row."""
+        return torch.arange(rows, device=self.device).repeat_interleave(times)
+
+    def chat(self, *content):
+        """A user's message as the model reads it. Content: str for text, anything else for a picture."""
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in content]
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def look(self, photos, progress=False):
+        """[(features [tokens, D], grid [3]), ...] of the photos. The tower is frozen: each is encoded once and remembered."""
+        new = [photo for photo in dict.fromkeys(photos) if photo not in self.seen]
+        for start in tqdm(range(0, len(new), 16), desc="looking at the photos", disable=not progress):
+            batch = new[start:start + 16]
+            pixels = self.processor(images=[photo.open() for photo in batch], return_tensors="pt").to(self.device)
+            features = self.model.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+            self.seen |= zip(batch, zip(features, pixels["image_grid_thw"]))
+        return [self.seen[photo] for photo in photos]
+
+    def embed(self, photos):
+        """{photo name: unit vector [D]}, the mean of the tower's features: what similarity is measured with."""
+        return {photo.name: F.normalize(features.float().mean(0), dim=0).cpu() for photo, (features, _) in zip(photos, self.look(photos))}
+
+    def prefill(self, texts, photos):
+        """Read B prompts once. texts [B] with an image marker for each picture, photos [B] lists of the pictures -> Prefix."""
+        views = [self.look(group) for group in photos]
+        full = []
+        for text, group in zip(texts, views, strict=True):
+            first, *rest = text.split(self.image)  # one marker a picture becomes one marker an image token
+            full.append(first + "".join(self.image * len(features) + part for (features, _), part in zip(group, rest, strict=True)))
+        batch = self.tokenizer(full, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(self.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, P]
+        if self.tokenizer.unk_token_id is not None and (ids == self.tokenizer.unk_token_id).any():
+            raise data.DataError("a prompt has words that this model does not know; rebuild the toy model with python toy.py")
+        is_image = ids == self.config.image_token_id
+        embeds = self.decoder.embed_tokens(ids)  # [B, P, D]
+        embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
+        grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
+        # Positions are always given: without them transformers silently counts in one dimension or reuses those of the last call.
+        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, B, P]
+        mask = None if mask.all() else mask
+        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache(), use_cache=True)
+        return Prefix(out.past_key_values, mask, positions.amax((0, 2)) + 1, self.model.lm_head(out.last_hidden_state[:, -1]))
+
+    def carry_on(self, prefix, ids):
+        """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. The prefix grows by T places."""
+        places = prefix.next[:, None] + torch.arange(ids.shape[1], device=self.device)  # [N, T]
+        if prefix.mask is not None:
+            prefix.mask = torch.cat([prefix.mask, torch.ones_like(ids)], 1)
+        prefix.next = prefix.next + ids.shape[1]
+        return self.decoder(inputs_embeds=self.decoder.embed_tokens(ids), attention_mask=prefix.mask, position_ids=places.expand(3, -1, -1),
+                            past_key_values=prefix.cache, use_cache=True).last_hidden_state
+
+    # ------------------------------------------------------------------------------------------- what the players do with them
+    @torch.no_grad()
+    def sample(self, prefix, most, generator=None):
+        """Sample one answer of at most `most` tokens for each row of a prefix, at temperature 1; greedily where there is no generator."""
+        logits, done = prefix.logits, torch.zeros(len(prefix.logits), dtype=torch.bool, device=self.device)
+        ids, logps, mask = [], [], []
+        while len(ids) < most and not done.all():
+            if ids:
+                logits = self.model.lm_head(self.carry_on(prefix, ids[-1][:, None])[:, -1])  # [N, V]
+            chance = logits.float().softmax(-1)
+            token = logits.argmax(-1) if generator is None else torch.multinomial(chance, 1, generator=generator).squeeze(1)  # [N]
+            mask.append(~done)
+            ids.append(torch.where(done, self.ends[0], token))
+            logps.append(grpo.token_logps(logits, ids[-1]))
+            done = done | torch.isin(token, self.ends)
+        ids, logps, mask = torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(mask, 1)  # [N, C]
+        texts = [self.tokenizer.decode(row[kept & ~torch.isin(row, self.ends)]) for row, kept in zip(ids, mask)]
+        return Answers(ids, mask, logps, texts)
+
+    def speak(self, photos, samples=1, most=128, generator=None):
+        """Describe each of B photos `samples` times -> Answers, N = B * samples rows, a photo's samples together."""
+        with torch.no_grad():
+            prefix = self.prefill([self.chat(photo, reward.SPEAK) for photo in photos], [[photo] for photo in photos])
+        return self.sample(prefix.rows(self.each(len(photos), samples)), most, generator)
+
+    def score(self, photos, ids):
+        """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B photos."""
+        prefix = self.prefill([self.chat(photo, reward.SPEAK) for photo in photos], [[photo] for photo in photos])
+        prefix = prefix.rows(self.each(len(photos), len(ids) // len(photos)))
+        first = prefix.logits[:, None]  # [N, 1, V]
+        rest = self.model.lm_head(self.carry_on(prefix, ids[:, :-1])) if ids.shape[1] > 1 else first[:, :0]  # [N, C - 1, V]
+        return torch.cat([grpo.token_logps(first, ids[:, :1]), grpo.token_logps(rest, ids[:, 1:])], 1)
+
+    @torch.no_grad()
+    def listen(self, pairs):
+        """How well does each description fit its photo? pairs [(photo, text), ...] -> rho [len(pairs)] on the CPU. LoRA is off here."""
+        head, tail = self.chat(None, reward.LISTEN[0], "\0", reward.LISTEN[1]).split("\0")
+        asked, rho = list(dict.fromkeys(pairs)), {}
+        photos = list(dict.fromkeys(photo for photo, _ in asked))
+        with grpo.lora_off(self.model):
+            for start in range(0, len(photos), ROWS):
+                part = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
+                prefix = self.prefill([head] * len(part), [[photo] for photo in part])
+                mine = [pair for pair in asked if pair[0] in part]
+                for chunk in (mine[i:i + ROWS] for i in range(0, len(mine), ROWS)):
+                    rows = self.tokenizer([reward.quoted(text, self.markers) + tail for _, text in chunk], add_special_tokens=False,
+                                          padding=True, padding_side="right", return_tensors="pt").to(self.device)
+                    last = rows["attention_mask"].sum(1) - 1  # [N]; what follows it is padding that it cannot see
+                    hidden = self.carry_on(prefix.rows(torch.tensor([part[photo] for photo, _ in chunk], device=self.device)), rows["input_ids"])  # [N, T, D]
+                    logits = self.model.lm_head(hidden[self.each(len(chunk)), last])  # [N, V]
+                    rho |= zip(chunk, reward.fit(logits, self.yes, self.no).tolist())
+        return torch.tensor([rho[pair] for pair in pairs])
+
+
+# ------------------------------------------------------------------------------------------------------------ the settings
+def flag(default, help, **extra):
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each field is a flag of the command line. The defaults are the paper's, for a real model."""
+    model: str = flag(str(toy.FOLDER), "checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts); default: toy pictures")
+    out: str = flag("", "run folder; default: runs/DATE-TIME")
+    seed: int = flag(0, "seed of splits, games, initial adapters and samples")
+    steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
+    games: int = flag(16, "games (prompts) a step")
+    samples: int = flag(8, "G, descriptions sampled for each target")
+    k: int = flag(3, "K, pictures in a pool: one hard positive and K - 1 hard negatives")
+    negatives: str = flag("hard", "which distractors", choices=("hard", "random"))
+    positive: str = flag("hard", "which other view of the target's concept: the least or the most similar one", choices=("hard", "easy"))
+    reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
+    listener_weight: float = flag(1.0, "weight of the listener's reward (0 to 1)")
+    format_weight: float = flag(1.0, "weight of the format reward (0 to 1)")
+    length_weight: float = flag(0.1, "weight of the length reward (0 to 1)")
+    lr: float = flag(1e-5, "learning rate, reached after the warm-up, then falling linearly to 0")
+    warmup: int = flag(10, "steps of warm-up")
+    mu: int = flag(1, "updates on each batch of samples; the clip works from the second on")
+    beta: float = flag(0.04, "weight of the KL penalty that keeps the speaker near the model it started from")
+    eps_low: float = flag(0.2, "clip the probability ratio at 1 - eps_low")
+    eps_high: float = flag(0.2, "clip the probability ratio at 1 + eps_high")
+    loss: str = flag("grpo", "how tokens are averaged (grpo.py)", choices=("grpo", "dr_grpo", "dapo"))
+    std_floor: float = flag(0.05, "a group's standard deviation is taken to be at least this, so that noise is not amplified")
+    rank: int = flag(64, "rank of the LoRA adapters")
+    alpha: int = flag(128, "scale of the LoRA adapters; the update is alpha/rank B A")
+    max_tokens: int = flag(128, "longest description, in tokens")
+    max_pixels: int = flag(401408, "photos are shrunk to at most this many pixels (401408 = 512 image tokens)")
+    micro: int = flag(2, "games that go through the backward pass at once; bounds the memory, not the result")
+    eval_games: int = flag(100, "held-out games played before and after, of seen and of unseen categories each")
+    save_every: int = flag(25, "steps between two saves of the resumable state")
+
+
+TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=4096)  # what the toy model needs instead
+
+
+def settings(argv=None):
+    """The command line -> (Config, resume). The toy model has a few defaults of its own; --resume takes over the settings of the run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in dataclasses.fields(Config):
+        note = f" (default {option.default}{f', toy model {TOY[option.name]}' if option.name in TOY else ''})" if str(option.default) not in ("", str(toy.FOLDER)) else ""
+        parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, metavar=option.type.__name__.upper()
+                            if "choices" not in option.metadata else None, help=option.metadata["help"] + note, choices=option.metadata.get("choices"))
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
+    given = vars(parser.parse_args(argv))
+    if not given.pop("resume"):
+        is_toy = pathlib.Path(given.get("model", toy.FOLDER)).resolve() == toy.FOLDER.resolve()
+        config = Config(**(TOY if is_toy else {}) | given)
+        config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        if config.samples < 2 or config.k < 2 or min(config.steps, config.games, config.mu, config.micro, config.max_tokens, config.save_every) < 1:
+            parser.error("--samples and --k must be at least 2; --steps, --games, --mu, --micro, --max-tokens and --save-every at least 1")
+        return config, False
+    runs = [given["out"]] if "out" in given else sorted((str(p.parent) for p in pathlib.Path("runs").glob("*/state.pt")), key=os.path.getmtime)
+    if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
+        parser.error(f"nothing to resume: {runs[-1] if runs else 'runs/'} has no state.pt")
+    saved = json.loads((pathlib.Path(runs[-1]) / "config.json").read_text())["settings"] | {"out": runs[-1]}
+    if other := [name for name, value in given.items() if saved[name] != value]:
+        parser.error(f"--resume goes on with the run as it was: --{other[0].replace('_', '-')} was {saved[other[0]]}, not {given[other[0]]}")
+    return Config(**saved), True
+
+
+# ---------------------------------------------------------------------------------------------------------------- the game
+METRICS = {  # the columns of metrics.csv, in words; all are means over the answers of the step unless they say otherwise
+    "step": "training step, from 1",
+    "reward": "weighted sum of the three rewards below",
+    "listener_reward": "what the listener's choice pays",
+    "format_reward": "0.34 + 0.33 + 0.33 for the well-formed fields",
+    "length_reward": "1/3 for the coarse phrase, 2/3 for the detailed sentence having the length that was asked for",
+    "listener_accuracy": "share of answers from which the listener picks the hard positive; unparsed answers count as wrong",
+    "parsed": "share of answers that are well formed",
+    "oracle": "toy only: share of answers whose every claim holds for the hard positive and for none of the negatives; never trained on",
+    "leakage": "toy only: share of answers that mention place, pose or light",
+    "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
+    "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update a step",
+    "zero_std_groups": "share of games whose answers all earned the same, and so teach nothing",
+    "distinct": "share of different texts among the G answers of a game",
+    "completion_length": "tokens an answer",
+    "grad_norm": "norm of the gradient before it is clipped to 1",
+    "lr": "learning rate",
+    "seconds": "wall time of the step",
+}
+
+
+def judge(mllm, games, texts, config):
+    """Stages 3 and 4 for `texts`, equally many a game in the order of `games`.
+
+    Returns rewards [N], rows [N] of {text, reward, rho (None if unparsed), right, ...} with what each earned, for the log.
+    """
+    games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
+    parsed = [reward.parse(text) for text in texts]
+    asked = [(photo, answer.text) for game, answer in zip(games, parsed) if answer for photo in game.pool]
+    rho = iter(mllm.listen(asked).view(-1, len(games[0].pool)) if asked else [])
+    rows = []
+    for game, text, answer in zip(games, texts, parsed):
+        row = dict(text=text, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0, listener_accuracy=0.0, parsed=float(bool(answer)), rho=None)
+        if answer:
+            belief = next(rho)  # [K]
+            pay, right = reward.listener_reward(belief[None], torch.tensor([game.answer]), config.reward)
+            row |= dict(listener_reward=pay.item(), listener_accuracy=float(right), length_reward=reward.length_reward(answer), rho=belief.tolist())
+        row["reward"] = sum(getattr(config, f"{part}_weight") * row[f"{part}_reward"] for part in ("listener", "format", "length"))
+        if game.target.truth:
+            said = answer.text if answer else ""
+            fits = [toy.oracle(said, photo.truth) for photo in game.pool]
+            row |= dict(oracle=float(bool(answer) and fits[game.answer] and sum(fits) == 1), leakage=float(toy.leaks(said)), coverage=toy.coverage(said))
+        rows.append(row)
+    return rows
+
+
+def mean(rows, key):
+    """Mean of a column, or None where the rows do not have it (only the toy world knows the truth)."""
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values) if values else None
+
+
+def play(mllm, games, step, config):
+    """Stages 2 to 5 -> (answers, their reference log-probs [N, C], advantages [N], rows for the log)."""
+    generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
+    answers = mllm.speak([game.target for game in games], config.samples, config.max_tokens, generator)
+    rows = judge(mllm, games, answers.texts, config)
+    rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
+    advantages = grpo.group_advantages(rewards, std_floor=config.std_floor).flatten()  # [N]
+    with torch.no_grad(), grpo.lora_off(mllm.model):
+        ref_logps = torch.cat([mllm.score(targets, ids) for targets, ids, *_ in micro_batches(games, config, answers.ids)])
+    return answers, ref_logps, advantages, rows
+
+
+def micro_batches(games, config, *tensors):
+    """Yield (target photos, the rows of each tensor [N, ...] that belong to them), `config.micro` games at a time."""
+    for start in range(0, len(games), config.micro):
+        part = games[start:start + config.micro]
+        rows = slice(start * config.samples, (start + len(part)) * config.samples)
+        yield [game.target for game in part], *(tensor[rows] for tensor in tensors)
+
+
+def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
+    """Stage 6: `mu` updates on one batch of answers -> means of the loss's stats and the norm of the gradient."""
+    total = int(answers.mask.sum()) if config.loss == "dapo" else len(answers.ids)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    log = {"kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+    for _ in range(config.mu):
+        for targets, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
+            loss, stats = grpo.grpo_loss(mllm.score(targets, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high,
+                                         beta=config.beta, loss=config.loss, max_length=config.max_tokens, total=total)
+            loss.backward()
+            share = mask.sum().item() / answers.mask.sum().item() / config.mu
+            log["kl"] += share * stats["kl"]
+            log["clip_fraction"] += share * (stats["clip_high"] + stats["clip_low"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        log["grad_norm"] += norm.item() / config.mu
+        if not norm.isfinite():
+            raise FloatingPointError("the gradient is not finite; the state before this step is saved, try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+    return log
+
+
+def measure(mllm, games, config):
+    """Greedy descriptions of held-out targets -> (figures as fractions, None where unknown; the rows they are means of)."""
+    texts = []
+    for start in tqdm(range(0, len(games), 32), desc="playing held-out games", leave=False):
+        texts += mllm.speak([game.target for game in games[start:start + 32]], most=config.max_tokens).texts
+    rows = judge(mllm, games, texts, config) if games else []
+    names = {"identification": "listener_accuracy", "oracle": "oracle", "leakage": "leakage", "coverage": "coverage", "parsed": "parsed"}
+    return {name: mean(rows, key) for name, key in names.items()}, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------- the run
+def set_up(config, mllm):
+    """Stage 1: concepts, splits and games -> (training games, held-out games of seen categories, of unseen ones)."""
+    if config.data:
+        concepts, unseen = data.load_concepts(config.data), None
+    else:
+        concepts, unseen = toy.world(config.seed, 64 if mllm.config.vision_config.patch_size == 8 else 224), toy.UNSEEN
+    parts = data.split_concepts(concepts, config.seed, unseen)
+    photos = [photo for concept in concepts for photo in concept.photos]
+    mllm.look(photos, progress=True)
+    embeddings = mllm.embed(photos)
+    how = dict(negatives=config.negatives, positive=config.positive)
+    train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
+    held = [data.mine_games(part, embeddings, config.k, config.seed, pool=concepts) for part in parts[1:]]  # measured on hard games, always
+    held = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in held]
+    print(f"{len(concepts)} concepts: {len(parts[0])} to train on ({len(train)} games), {len(parts[1])} held out ({len(held[0])} games), "
+          f"{len(parts[2])} of unseen categories ({len(held[1])} games)")
+    return train, *held
+
+
+def examine(mllm, seen, unseen, config):
+    """-> {"figures": the part of result.json, "examples": the rows of three held-out games}."""
+    figures, rows = measure(mllm, seen, config)
+    figures["unseen"] = measure(mllm, unseen, config)[0] if unseen else None
+    return {"figures": figures, "examples": [rows[i] for i in showcase(seen)]}
+
+
+def showcase(games):
+    """Three held-out games to show, of different categories where there are any."""
+    first = {game.category: i for i, game in reversed(list(enumerate(games)))}
+    return (sorted(first.values()) + [i for i in range(len(games)) if i not in first.values()])[:3]
+
+
+def cut(path, step):
+    """Keep of a log (metrics.csv or samples.jsonl) the whole lines up to `step`: the rest is played again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        number = lambda line: json.loads(line)["step"] if path.suffix == ".jsonl" else int(line.split(",")[0]) if line[0].isdigit() else 0  # noqa: E731
+        grpo.write_atomically(path, lambda new: new.write_text("".join(line for line in lines if number(line) <= step)))
+
+
+def save(out, mllm, optimizer, config, **rest):
+    """The adapter, and all that `--resume` needs. Games and samples are seeded by the step, so no generator has to be kept."""
+    grpo.save_adapter(mllm.model, out / "adapter", base=config.model)
+    state = rest | {"lora": grpo.lora_state(mllm.model), "optimizer": optimizer.state_dict()}
+    grpo.write_atomically(out / "state.pt", lambda path: torch.save(state, path))
+
+
+def train(config, resume):
+    """The whole run: set up, measure, train, measure again, write result.json. Returns what result.json holds."""
+    out = pathlib.Path(config.out)
+    if not resume and (out / "state.pt").exists():
+        raise data.DataError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    mllm = MLLM(config.model, config.max_pixels)
+    training, seen, unseen = set_up(config, mllm)
+    torch.manual_seed(config.seed)
+    wrapped = grpo.add_lora(mllm.model, config.rank, config.alpha)
+    parameters = [p for p in mllm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    print(f"{config.model} on {mllm.device}: {sum(p.numel() for p in mllm.model.parameters()) / 1e6:.1f}M parameters, "
+          f"{sum(p.numel() for p in parameters) / 1e6:.2f}M of them in adapters on {len(wrapped)} layers; run folder {out}")
+    if resume:
+        state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
+        for name, value in grpo.lora_state(mllm.model).items():
+            value.copy_(state["lora"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, before = state["step"], state["seconds"], state["before"]
+        for log in ("metrics.csv", "samples.jsonl"):
+            cut(out / log, step)
+    else:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=describe(mllm.device), settings=dataclasses.asdict(config))
+        grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+        (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
+        (out / "samples.jsonl").write_text("")
+        step, seconds, before = 0, 0.0, examine(mllm, seen, unseen, config)
+        save(out, mllm, optimizer, config, step=step, seconds=seconds, before=before)
+    stopped = []
+    signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    with open(out / "metrics.csv", "a", newline="") as metrics_file, open(out / "samples.jsonl", "a") as samples_file:
+        table = csv.DictWriter(metrics_file, METRICS)
+        bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="training", unit="step")
+        for step in bar:
+            started = time.time()
+            lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            games = data.games_of_step(training, step, config.games, config.seed)
+            answers, ref_logps, advantages, rows = play(mllm, games, step, config)
+            log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)
+            groups = torch.tensor([row["reward"] for row in rows]).view(-1, config.samples)  # [B, G]
+            texts = [answers.texts[i:i + config.samples] for i in range(0, len(rows), config.samples)]
+            log |= {key: mean(rows, key) for key in METRICS if key in rows[0]} | dict(
+                step=step + 1, lr=lr, zero_std_groups=(groups.amax(1) == groups.amin(1)).float().mean().item(),
+                distinct=mean([{"d": len(set(group)) / len(group)} for group in texts], "d"),
+                completion_length=answers.mask.sum(1).float().mean().item(), seconds=time.time() - started)
+            seconds += log["seconds"]
+            table.writerow({key: f"{value:.6g}" for key, value in log.items()})
+            game = games[0]  # one game a step goes to the log with all its texts
+            samples_file.write(json.dumps(dict(step=step + 1, concept=game.concept, target=game.target.name, pool=[photo.name for photo in game.pool],
+                                               answer=game.answer, samples=rows[:config.samples])) + "\n")
+            metrics_file.flush(), samples_file.flush()
+            bar.set_postfix(reward=f"{log['reward']:.2f}", listener=f"{log['listener_accuracy']:.0%}", kl=f"{log['kl']:.3f}")
+            if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
+            if stopped:
+                bar.close()
+                sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
+    after = examine(mllm, seen, unseen, config)
+    result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps, seconds=round(seconds, 1), device=describe(mllm.device))
+    grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    show(result, [seen[i] for i in showcase(seen)], before["examples"], after["examples"], out)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- the outcome
+def describe(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def show(result, games, before, after, out):
+    """Print before and after side by side with three held-out examples, and draw the first ones as <out>/examples.png."""
+    tell = lambda value: "   -  " if value is None else f"{value:6.1%}"  # noqa: E731
+    print(f"\n{'held-out games':24}{'before':>10}{'after':>10}{'before':>14}{'after':>10}\n{'':24}{'seen categories':>20}{'unseen categories':>24}")
+    for name in ("identification", "oracle", "leakage", "coverage", "parsed"):
+        cells = [part[name] if part else None for part in (result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"])]
+        print(f"{name:24}{tell(cells[0]):>10}{tell(cells[1]):>10}{tell(cells[2]):>14}{tell(cells[3]):>10}")
+    for game, old, new in zip(games, before, after):
+        print(f"\n{game.target.name} (the listener sees {', '.join(photo.name for photo in game.pool)})")
+        for when, row in (("before", old), ("after", new)):
+            belief = "not parsed" if row["rho"] is None else " ".join(f"{'*' if i == game.answer else ''}{rho:.2f}" for i, rho in enumerate(row["rho"]))
+            answer = reward.parse(row["text"])
+            print(f"  {when:7}{answer.text if answer else row['text'][:200]!r}  [{belief}]")
+    picture(games, before, after).save(out / "examples.png")
+    print(f"\n{result['seconds']:.0f} s of training. {out}/: metrics.csv, samples.jsonl, examples.png, result.json, and the speaker in adapter/")
+
+
+def picture(games, before, after, side=180):
+    """The games as people see them: the target, what was said of it before and after, and how well that fits each candidate."""
+    k, font, pad = len(games[0].pool), ImageFont.load_default(15), 16
+    width, high = pad + (k + 1) * (side + pad) + 24, 44 + side + 2 * 92
+    sheet = Image.new("RGB", (width, high * len(games)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for row, (game, *said) in enumerate(zip(games, before, after)):
+        top = row * high + 30
+        for i, photo in enumerate([game.target, *game.pool]):
+            x = pad + i * (side + pad) + (24 if i else 0)
+            title = "the speaker sees" if i == 0 else "same thing" if i - 1 == game.answer else "look-alike"
+            canvas.text((x, top - 22), title, "#1a7f37" if title == "same thing" else "#555555", font)
+            sheet.paste(photo.open().resize((side, side), Image.NEAREST if side > photo.open().width else Image.BICUBIC), (x, top))
+            for line, (when, colour) in enumerate((("before", "#c4432b"), ("after", "#1a7f37"))):
+                y, belief = top + side + 10 + 92 * line, said[line]["rho"]
+                if i == 0:
+                    answer = reward.parse(said[line]["text"])
+                    text = textwrap.fill(f"{when}: {answer.detailed if answer else 'not parsed'}", 27)
+                    canvas.text((x, y), text, colour, font, spacing=3)
+                elif belief:
+                    canvas.rectangle([x, y + 4, x + side, y + 18], "#eeeeee")
+                    canvas.rectangle([x, y + 4, x + side * belief[i - 1], y + 18], colour)
+                    canvas.text((x, y + 22), f"fits: {belief[i - 1]:.0%}", "#333333", font)
+    return sheet
+
+
+if __name__ == "__main__":
+    try:
+        train(*settings())
+    except data.DataError as error:
+        sys.exit(f"error: {error}")

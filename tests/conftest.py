@@ -1,0 +1,45 @@
+import pathlib
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # so that a test's subprocesses and `python -m pytest` from elsewhere find the scripts
+
+import data  # noqa: E402
+import rrg  # noqa: E402
+import toy  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def toy_mllm():
+    """The shipped toy model. It must stay as it is: whoever adds adapters loads another."""
+    return rrg.MLLM(str(toy.FOLDER), 4096)
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """An untrained toy model whose checkpoint asks for the sampling that ruins a rollout, as Qwen2-VL's own does."""
+    folder = tmp_path_factory.mktemp("random")
+    torch.manual_seed(0)
+    tokenizer = toy.new_tokenizer()
+    model = toy.new_model(tokenizer)
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
+    for part in (model, tokenizer, toy.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=1024, max_pixels=65536)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def random_mllm(random_folder):
+    return rrg.MLLM(str(random_folder), 65536)
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Three pictures of three sizes: 16, 24 and 12 image tokens."""
+    noise = torch.Generator().manual_seed(0)
+    picture = lambda w, h: Image.fromarray(torch.randint(0, 255, (h, w, 3), generator=noise, dtype=torch.uint8).numpy())  # noqa: E731
+    return [data.Photo(f"{w}x{h}", lambda image=picture(w, h): image) for w, h in ((64, 64), (64, 96), (48, 64))]

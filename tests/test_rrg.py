@@ -1,0 +1,301 @@
+"""The game: the two primitives equal the plain model, runs resume to the same numbers, and playing teaches."""
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import data
+import grpo
+import reward
+import rrg
+import toy
+from conftest import ROOT
+
+
+def plain_logps(mllm, photo, ids):
+    """Log-probs of one answer by the model's own forward pass: no cache, no shared prefix, no padding."""
+    (features, grid), = mllm.look([photo])
+    prompt = mllm.chat(photo, reward.SPEAK).replace(mllm.image, mllm.image * len(features))
+    prompt = torch.tensor(mllm.encode(prompt))
+    row = torch.cat([prompt, ids])[None]
+    pixels = mllm.processor(images=[photo.open()], return_tensors="pt")
+    logits = mllm.model(input_ids=row, mm_token_type_ids=(row == mllm.config.image_token_id).int(), **pixels).logits[0]
+    return logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, ids[:, None]).squeeze(1)
+
+
+def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
+    """Three picture sizes, so left padding; G = 4, so shared prefixes."""
+    answers = random_mllm.speak(photos, samples=4, most=12, generator=torch.Generator().manual_seed(1))
+    scored = random_mllm.score(photos, answers.ids)
+    mask = answers.mask
+    assert mask.shape == (12, answers.ids.shape[1]) and torch.allclose(scored[mask], answers.logps[mask], atol=1e-5)
+    for row in range(12):
+        ids = answers.ids[row][mask[row]]
+        assert torch.allclose(plain_logps(random_mllm, photos[row // 4], ids), answers.logps[row][mask[row]], atol=1e-5)
+
+
+def test_gradients_through_the_shared_prefix_equal_the_plain_ones(random_mllm, photos):
+    torch.manual_seed(0)
+    grpo.add_lora(random_mllm.model, 4, 8)
+    for layer in grpo.lora_layers(random_mllm.model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    ids = torch.randint(8, 70, (6, 5))
+    weights = torch.randn(6, 5)
+
+    def gradients(logps):
+        random_mllm.model.zero_grad()
+        (logps * weights).sum().backward()
+        return torch.cat([p.grad.flatten() for p in random_mllm.model.parameters() if p.requires_grad])
+
+    shared = gradients(random_mllm.score(photos, ids))
+    plain = gradients(torch.stack([plain_logps(random_mllm, photos[row // 2], ids[row]) for row in range(6)]))
+    one_by_one = gradients(torch.cat([random_mllm.score(photos[i:i + 1], ids[2 * i:2 * i + 2]) for i in range(3)]))
+    assert torch.allclose(shared, plain, atol=1e-4 * plain.abs().max()) and torch.allclose(shared, one_by_one, atol=1e-4 * plain.abs().max())
+
+
+def test_answers_end_at_either_end_of_text(random_mllm, photos):
+    ends = random_mllm.ends.tolist()
+    assert len(ends) == 2
+    answers = random_mllm.speak(photos, samples=40, most=40, generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for ids, mask, text in zip(answers.ids.tolist(), answers.mask.tolist(), answers.texts):
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        assert mask == [i <= stop for i in range(len(ids))]  # up to and including the first end
+        assert not any(random_mllm.tokenizer.decode([end]) in text for end in ends)
+        seen |= {ids[stop]} if stop < len(ids) else set()
+    assert seen == set(ends)
+
+
+def test_samples_differ_whatever_the_checkpoint_asks_for(random_mllm, photos):
+    assert random_mllm.model.generation_config.top_k == 1
+    texts = random_mllm.speak(photos[:1], samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
+    assert len(set(texts)) == 8
+    assert texts == random_mllm.speak(photos[:1], samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
+    assert len(set(random_mllm.speak(photos[:1], samples=3, most=10).texts)) == 1  # greedy
+
+
+def test_sampling_follows_the_models_own_distribution(random_mllm, photos):
+    prefix = random_mllm.prefill([random_mllm.chat(photos[0], reward.SPEAK)], [photos[:1]])
+    chance = prefix.logits[0].softmax(-1)
+    tokens = random_mllm.sample(prefix.rows(torch.zeros(4000, dtype=torch.long)), 1, torch.Generator().manual_seed(0)).ids[:, 0]
+    assert (torch.bincount(tokens, minlength=len(chance)) / 4000 - chance).abs().max() < 0.03
+
+
+# --------------------------------------------------------------------------------------------------------------- listener
+def test_listening_is_the_same_in_any_company(toy_mllm, photos):
+    """rho does not depend on what else is asked at the same time: padding, order, repeats, chunks."""
+    pairs = [(photo, text) for photo in photos for text in ("A photo of a red mug. The red mug.", "A photo of a bag. The dotted bag with a star badge, on sand.")]
+    alone = torch.cat([toy_mllm.listen([pair]) for pair in pairs])
+    assert torch.allclose(toy_mllm.listen(pairs + pairs[:1]), torch.cat([alone, alone[:1]]), atol=1e-5)
+    assert (alone > 0).all() and (alone < 1).all()
+
+
+def test_listening_reads_the_first_answer_token_of_the_plain_model(toy_mllm, photos):
+    text = "A photo of a red mug. The red mug."
+    (features, _), = toy_mllm.look(photos[:1])
+    prompt = toy_mllm.chat(None, reward.LISTEN[0], f'"{text}"', reward.LISTEN[1]).replace(toy_mllm.image, toy_mllm.image * len(features))
+    row = torch.tensor([toy_mllm.encode(prompt)])
+    pixels = toy_mllm.processor(images=[photos[0].open()], return_tensors="pt")
+    logits = toy_mllm.model(input_ids=row, mm_token_type_ids=(row == toy_mllm.config.image_token_id).int(), **pixels).logits[0, -1]
+    yes, no = (logits[toy_mllm.encode(word)[0]] for word in ("yes", "no"))
+    assert torch.allclose(toy_mllm.listen([(photos[0], text)])[0], torch.sigmoid(yes - no), atol=1e-5)
+
+
+def test_the_listener_is_the_model_with_lora_off(random_folder, photos):
+    mllm = rrg.MLLM(str(random_folder), 65536)
+    before = mllm.listen([(photos[0], "A photo of a mug. The mug.")])
+    grpo.add_lora(mllm.model, 4, 8)
+    for layer in grpo.lora_layers(mllm.model).values():
+        torch.nn.init.normal_(layer.lora_B.weight)
+    assert torch.equal(mllm.listen([(photos[0], "A photo of a mug. The mug.")]), before)
+
+
+def test_a_failing_listener_raises(toy_mllm, monkeypatch):
+    game = game_of(toy.world(0))
+    monkeypatch.setattr(toy_mllm, "listen", lambda pairs: torch.full((len(pairs),), torch.nan))
+    with pytest.raises(ValueError, match="scoring has failed"):
+        rrg.judge(toy_mllm, [game], ["<thinking> a </thinking> <coarse> A photo of a mug </coarse> <detailed> The mug. </detailed>"], rrg.Config())
+
+
+def test_what_cannot_be_parsed_is_never_shown_to_the_listener(toy_mllm, monkeypatch):
+    monkeypatch.setattr(toy_mllm, "listen", lambda pairs: pytest.fail("the listener was asked"))
+    row, = rrg.judge(toy_mllm, [game_of(toy.world(0))], ["The mug."], rrg.Config())
+    assert row["reward"] == row["listener_reward"] == row["parsed"] == 0 and row["rho"] is None
+
+
+def game_of(concepts):
+    a, b, c = concepts[:3]
+    return data.Game(a.name, a.category, a.photos[0], [b.photos[0], a.photos[1], c.photos[0]], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+def small(out, *extra):
+    return ["--out", str(out), "--steps", "4", "--games", "3", "--samples", "4", "--eval-games", "6", "--save-every", "2", *extra]
+
+
+def run(*arguments, **how):
+    done = subprocess.run([sys.executable, "rrg.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **how)
+    return done
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(*small(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_records_itself(whole_run):
+    out, said = whole_run
+    result = json.loads((out / "result.json").read_text())
+    parts = {"identification", "oracle", "leakage", "coverage", "parsed"}
+    for when in ("before", "after"):
+        assert set(result[when]) == parts | {"unseen"} and set(result[when]["unseen"]) == parts
+        assert all(0 <= result[when][part] <= 1 for part in parts)
+    assert set(result) == {"before", "after", "seed", "steps", "seconds", "device"} and result["steps"] == 4
+    config = json.loads((out / "config.json").read_text())
+    assert config["command"].startswith("python rrg.py --out") and config["settings"]["lr"] == rrg.TOY["lr"] and "torch" in config["versions"]
+    table = rows(out)
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"] and set(table[0]) == set(rrg.METRICS) - {"seconds"}
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and len(samples[0]["samples"]) == 4 and {"text", "reward", "rho"} <= set(samples[0]["samples"][0])
+    assert {path.name for path in out.iterdir()} == {"adapter", "config.json", "examples.png", "metrics.csv", "result.json", "samples.jsonl", "state.pt"}
+    assert "identification" in said and "before" in said and said.count("the listener sees") == 3
+
+
+def same_adapter(a, b):
+    return (a / "adapter/adapter_model.safetensors").read_bytes() == (b / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_run_and_a_killed_one_resumes_to_it(whole_run, tmp_path):
+    whole, out = whole_run[0], tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "rrg.py", *small(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "metrics.csv").exists() or len(rows(out)) < 3:  # saved after step 2, killed after step 3
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    with open(out / "metrics.csv", "a") as file:
+        file.write("4,0.1")  # and a row is half written
+    assert not (out / "result.json").exists()
+    done = run("--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert rows(out) == rows(whole) and same_adapter(out, whole)
+    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, whole)]
+    assert results[0]["before"] == results[1]["before"] and results[0]["after"] == results[1]["after"]
+
+
+def test_ctrl_c_saves_first(whole_run, tmp_path):
+    out = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, "rrg.py", *small(out, "--save-every", "100")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.csv").exists() or len(rows(out)) < 1:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert "and saved; go on with: python rrg.py --out" in process.communicate()[1] and process.returncode == 1
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == len(rows(out)) < 4
+    assert run("--out", out, "--resume").returncode == 0
+    assert rows(out) == rows(whole_run[0]) and same_adapter(out, whole_run[0])
+
+
+def test_several_updates_a_batch_really_clip(tmp_path):
+    out = tmp_path / "mu"
+    assert run(*small(out, "--mu", "4", "--lr", "0.02", "--warmup", "0", "--steps", "2", "--loss", "dapo")).returncode == 0
+    assert any(float(row["clip_fraction"]) > 0 for row in rows(out))
+
+
+def test_micro_batches_do_not_change_the_run(whole_run, tmp_path):
+    assert run(*small(tmp_path / "m", "--micro", "1")).returncode == 0
+    for a, b in zip(rows(tmp_path / "m"), rows(whole_run[0])):
+        assert abs(float(a["reward"]) - float(b["reward"])) < 1e-4 and abs(float(a["grad_norm"]) - float(b["grad_norm"])) < 1e-3
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--samples", "1"], "--samples and --k must be at least 2"),
+    (["--reward", "best"], "invalid choice"),
+    (["--resume", "--out", "nowhere"], "nothing to resume: nowhere has no state.pt"),
+    (["--data", "nowhere"], "error: nowhere is not a folder"),
+    (["--model", "nowhere/at-all"], "error: cannot load the model nowhere/at-all"),
+])
+def test_bad_input_gets_one_clear_line(arguments, message, tmp_path):
+    where = [] if "--out" in arguments else ["--out", tmp_path / "x"]
+    done = run(*arguments, *where, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resume_keeps_the_settings(whole_run):
+    done = run("--out", whole_run[0], "--resume", "--lr", "1")
+    assert done.returncode and "--resume goes on with the run as it was: --lr was 0.0005, not 1.0" in done.stderr
+    done = run(*small(whole_run[0]))
+    assert done.returncode and "holds a run already; add --resume" in done.stderr
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    done = run("--model", tmp_path, "--out", tmp_path / "x")
+    assert done.returncode and "is a bert; this program plays with Qwen2-VL" in done.stderr
+
+
+def test_real_photos_with_several_sizes(tmp_path, random_folder):
+    """--model and --data with pictures of two shapes: everything is written, and what only a toy knows is null."""
+    for concept in range(6):
+        for view in range(3):
+            picture = toy.world(concept, 96)[concept].photos[view].open()
+            path = tmp_path / "photos" / f"thing {concept}" / f"{view}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (picture if view else picture.crop((0, 16, 96, 80))).save(path)
+    done = run("--model", random_folder, "--data", tmp_path / "photos", *small(tmp_path / "out", "--max-pixels", "16384", "--steps", "2", "--max-tokens", "8"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["after"]["oracle"] is None and result["after"]["identification"] is not None and result["after"]["unseen"] is None
+
+
+def test_a_checkpoint_without_a_chat_template_gets_qwens(random_folder, tmp_path):
+    import shutil
+    shutil.copytree(random_folder, tmp_path / "bare")
+    (tmp_path / "bare/chat_template.jinja").unlink()
+    text = rrg.MLLM(str(tmp_path / "bare"), 4096).chat(None, "Hello")
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                    "<|vision_start|><|image_pad|><|vision_end|>Hello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_adapter_loads_in_peft_and_answers_the_same(whole_run, toy_mllm, photos):
+    peft = pytest.importorskip("peft", reason="pip install peft to compare with it")
+    base = AutoModelForImageTextToText.from_pretrained(toy.FOLDER, dtype=torch.float32).eval()
+    with pytest.warns() as warned:
+        import warnings
+        warnings.warn("at least one")
+        theirs = peft.PeftModel.from_pretrained(base, whole_run[0] / "adapter")
+    assert not any("adapter keys" in str(w.message) for w in warned)
+    ours = rrg.MLLM(str(toy.FOLDER), 65536)
+    grpo.load_adapter(ours.model, whole_run[0] / "adapter")
+    ids = torch.randint(8, 70, (1, 12))
+    assert torch.allclose(theirs(input_ids=ids).logits, ours.model(input_ids=ids).logits, atol=1e-5)
+    with theirs.disable_adapter(), grpo.lora_off(ours.model):
+        assert torch.allclose(theirs(input_ids=ids).logits, ours.model(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(theirs(input_ids=ids).logits, toy_mllm.model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_playing_teaches(tmp_path):
+    """Forty short steps already raise the reward and drive the background out of the descriptions."""
+    out = tmp_path / "learns"
+    done = run("--out", out, "--steps", "40", "--games", "8", "--eval-games", "30", "--lr", "1e-3", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert result["after"]["leakage"] < result["before"]["leakage"] - 0.3
+    assert result["after"]["identification"] > result["before"]["identification"] + 0.1

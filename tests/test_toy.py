@@ -1,0 +1,91 @@
+"""The toy world: truth can be read off the words, and the shipped model is as honest as the README says."""
+import random
+import subprocess
+import sys
+
+import toy
+from conftest import ROOT
+from reward import LISTEN, SPEAK
+
+
+def test_every_attribute_has_words_of_its_own():
+    words = [word for kind in toy.ATTRIBUTES.values() for word in kind]
+    assert len(words) == len(set(words)) == len(toy.KIND)
+
+
+def test_oracle_checks_every_claim():
+    truth = dict(category="mug", colour="red", pattern="striped", badge="star", place="grass", pose="tilted", light="dim")
+    coarse, detailed = toy.sentence(truth, set(toy.SAID))
+    assert (coarse, detailed) == ("A photo of a red mug", "The red striped mug with a star badge, tilted on grass in dim light.")
+    assert len(toy.claims(detailed)) == 7 and toy.oracle(detailed, truth) and toy.leaks(detailed) and toy.coverage(detailed) == 1
+    for kind, words in toy.ATTRIBUTES.items():
+        lie = truth | {kind: next(word for word in words if word != truth[kind])}
+        assert not toy.oracle(" ".join(toy.sentence(lie, set(toy.SAID))), truth)
+    assert toy.sentence(truth, set())[1] == "The mug." and not toy.leaks("The mug.") and toy.coverage("The red mug.") == 1 / 3
+
+
+def test_every_attribute_changes_the_picture():
+    rng = random.Random(0)
+    view, jitter = toy.new_view(rng)
+    truth = toy.new_thing(rng) | view
+    for kind, words in toy.ATTRIBUTES.items():
+        if kind != "pose":  # which is drawn from the jitter's angle
+            pictures = {toy.draw(truth | {kind: word}, jitter).tobytes() for word in words}
+            assert len(pictures) == len(words), kind
+    assert toy.draw(truth, jitter).tobytes() == toy.draw(truth, jitter).tobytes() and toy.draw(truth, jitter, 224).size == (224, 224)
+
+
+def test_the_world_is_seeded_fresh_and_full_of_look_alikes():
+    world = toy.world(3)
+    assert [(c.name, c.photos[0].truth) for c in world] == [(c.name, c.photos[0].truth) for c in toy.world(3)]
+    identity = lambda concept: tuple(concept.photos[0].truth[kind] for kind in ("category", *toy.IDENTITY))  # noqa: E731
+    things = [identity(concept) for concept in world]
+    assert len(set(things)) == len(things) == 12 * len(toy.ATTRIBUTES["category"])
+    assert all(toy.is_fresh(dict(zip(("category", *toy.IDENTITY), thing))) for thing in things)
+    near = [min(sum(a != b for a, b in zip(thing, other)) for other in things if other != thing and other[0] == thing[0]) for thing in things]
+    assert near.count(1) > len(near) * 0.6  # most things differ from another one in a single attribute
+
+
+def test_the_tokenizer_knows_every_word_and_each_prompt_is_one(toy_mllm):
+    tokenizer = toy_mllm.tokenizer
+    assert all(len(tokenizer(prompt)["input_ids"]) == 1 for prompt in (SPEAK, *LISTEN))
+    text = toy.CAPTION.format("mug", "A photo of a red mug", "The red striped mug with a star badge, tilted on grass in dim light.")
+    assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace(" . <", ". <")
+
+
+def test_questions_make_exactly_the_claims_that_are_labelled():
+    tokenizer, rng = toy.new_tokenizer(), random.Random(0)
+    truths = [toy.new_thing(rng) | toy.new_view(rng)[0] for _ in range(40)]
+    ask = {who: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True).split("<|vision_end|>")[1]
+           for who, content in toy.ASK.items()}
+    ids, labels, verdicts = toy.language_batch(tokenizer, ask, truths, 6, rng)
+    for row in range(len(ids)):
+        truth = truths[row // 4]
+        text = tokenizer.decode(ids[row], skip_special_tokens=True)
+        learned = tokenizer.decode(labels[row][labels[row] >= 0])
+        if row % 4 == 0:
+            assert learned.startswith("<thinking>") and learned.endswith("<|im_end|>") and (verdicts[row] == -1).all() and toy.oracle(text, truth)
+        else:
+            assert learned == ("yes" if toy.oracle(text, truth) else "no") and ((verdicts[row] == 0).any().item() == (learned == "no"))
+
+
+def test_the_shipped_model_meets_its_bars(toy_mllm):
+    card = toy.report_card(toy_mllm, photos=150)
+    assert card["well formed"] > 0.97 and card["accepts a true description"] >= 0.91  # bars of 97 and 93 % on 600 photos; see the README
+    for kind in toy.ATTRIBUTES:
+        says, catches = card[kind]
+        assert says >= 0.95 and catches >= 0.90, kind
+
+
+def test_the_checkpoint_is_small_and_ordinary():
+    weights = ROOT / "toy-qwen2-vl" / "model.safetensors"
+    assert weights.stat().st_size < 10e6 and not list(weights.parent.glob("*.bin"))
+
+
+def test_toy_rebuilds_from_nothing(tmp_path):
+    """The whole recipe at a thousandth of its length: it runs, and the game's own code loads what it writes."""
+    done = subprocess.run([sys.executable, "toy.py", "--out", str(tmp_path / "t"), "--pictures", "64", "--vision-steps", "2", "--language-steps", "2"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "true descriptions accepted" in done.stdout and (tmp_path / "t" / "model.safetensors").stat().st_size < 10e6

@@ -1,0 +1,447 @@
+"""toy.py: a world small enough for a laptop, where the truth is known.
+
+A concept is one toy: a category (its shape) and an identity (body colour, pattern, badge). A photo of it adds a view: the place it
+stands on, its pose, the light, and an unspoken jitter of size, position and tint. Identity is what a personal assistant should remember;
+the view is what it should leave out. Every attribute has words of its own, so "red" can only be a body colour and what a text claims can
+be read off its words. One literal example, as the speaker writes it and as the listener is asked about it:
+
+    <thinking> I see a mug . </thinking> <coarse> A photo of a red mug </coarse> <detailed> The red striped mug with a star badge , tilted on grass in dim light . </detailed>
+    Read this description: "A photo of a red mug. The red striped mug with a star badge, tilted on grass in dim light." Does ... Answer yes or no.
+
+The model is a real `Qwen2VLForConditionalGeneration` of 2.3M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to be an
+honest small MLLM: it captions densely, mixing identity and view, and as a listener says yes only if every claim fits the picture.
+
+    python toy.py                    # rebuild toy-qwen2-vl/ from nothing (two CPU cores: see the README for the time), then its report card
+    python toy.py --report           # only the report card of the shipped checkpoint
+
+Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
+1. The vision tower learns the attributes directly (one linear head per attribute, thrown away), then is frozen.
+2. A listener does not emerge from yes/no answers alone; a second throw-away head judges each claim word true or false.
+3. Our prompts are single words of the vocabulary, so that a prompt costs one token and not a hundred.
+"""
+import argparse
+import functools
+import math
+import multiprocessing
+import pathlib
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import Concept, Photo
+from reward import LISTEN, SPEAK, parse
+
+FOLDER = pathlib.Path(__file__).parent / "toy-qwen2-vl"
+ATTRIBUTES = {
+    "category": ["mug", "bottle", "boot", "fish", "car", "house", "bear", "lamp", "bag", "duck"],
+    "colour": ["red", "brown", "yellow", "green", "blue", "purple", "pink", "white"],
+    "pattern": ["plain", "striped", "dotted", "checkered", "split", "bordered"],
+    "badge": ["star", "heart", "moon", "cross", "ring", "bolt"],
+    "place": ["grass", "sand", "snow", "water", "wood", "brick"],
+    "pose": ["upright", "tilted", "fallen"],
+    "light": ["bright", "dim", "misty"],
+}
+IDENTITY, VIEW = ("colour", "pattern", "badge"), ("place", "pose", "light")
+UNSEEN = ("lamp", "bag", "duck")  # categories that the game is never played with: the paper's unseen domains
+KIND = {word: kind for kind, words in ATTRIBUTES.items() for word in words}
+
+# ---------------------------------------------------------------------------------------------------------------- drawing
+RGB = {"red": (205, 35, 40), "brown": (140, 85, 45), "yellow": (242, 218, 45), "green": (45, 155, 60),
+       "blue": (45, 80, 210), "purple": (125, 45, 165), "pink": (250, 150, 195), "white": (245, 245, 245)}
+GROUND = {"grass": (95, 160, 70), "sand": (222, 195, 140), "snow": (228, 236, 246), "water": (70, 140, 190),
+          "wood": (140, 95, 60), "brick": (165, 90, 75)}
+INK, PAPER = (35, 35, 45), (255, 255, 255)
+# In a unit square: lists are polygons of (x, y), tuples are ovals (x0, y0, x1, y1), a fifth entry cuts a hole; last, the badge's centre.
+SHAPES = {
+    "mug": ([(.55, .28, .98, .76), (.67, .4, .86, .64, "hole"), [(.1, .12), (.72, .12), (.72, .93), (.1, .93)]], (.41, .53)),
+    "bottle": ([[(.39, .02), (.61, .02), (.61, .3), (.78, .42), (.78, .98), (.22, .98), (.22, .42), (.39, .3)]], (.5, .67)),
+    "boot": ([[(.18, .03), (.62, .03), (.62, .48), (.98, .66), (.98, .96), (.18, .96)]], (.42, .6)),
+    "fish": ([(.02, .16, .78, .84), [(.62, .5), (.98, .14), (.98, .86)]], (.39, .5)),
+    "car": ([[(.02, .46), (.18, .42), (.32, .14), (.72, .14), (.84, .42), (.98, .46), (.98, .8), (.02, .8)],
+             (.1, .62, .38, .92), (.62, .62, .9, .92)], (.5, .46)),
+    "house": ([[(.5, .02), (.99, .42), (.86, .42), (.86, .97), (.14, .97), (.14, .42), (.01, .42)]], (.5, .6)),
+    "bear": ([(.12, .14, .88, .97), (.04, .02, .38, .36), (.62, .02, .96, .36)], (.5, .58)),
+    "lamp": ([[(.28, .02), (.72, .02), (.97, .6), (.03, .6)], [(.44, .6), (.56, .6), (.56, .9), (.44, .9)], (.22, .84, .78, .99)], (.5, .35)),
+    "bag": ([(.24, .03, .76, .66), (.36, .15, .64, .54, "hole"), [(.08, .36), (.92, .36), (.98, .97), (.02, .97)]], (.5, .68)),
+    "duck": ([(.03, .36, .88, .97), (.48, .03, .88, .47), [(.84, .18), (1, .27), (.84, .34)]], (.44, .67)),
+}
+STAR = [(math.sin(i * math.pi / 5) * (1, .42)[i % 2], -math.cos(i * math.pi / 5) * (1, .42)[i % 2]) for i in range(10)]
+BADGES = {  # strokes on a white disc of radius 1, each (colour, polygon or oval)
+    "star": [((225, 160, 0), STAR)],
+    "heart": [((220, 20, 50), [(0, .95), (-.95, -.1), (-.9, -.6), (-.5, -.85), (0, -.4), (.5, -.85), (.9, -.6), (.95, -.1)])],
+    "moon": [((40, 70, 200), (-.9, -.9, .9, .9)), (PAPER, (-.25, -.85, 1.15, .55))],
+    "cross": [((20, 140, 60), [(-.28, -.9), (.28, -.9), (.28, .9), (-.28, .9)]), ((20, 140, 60), [(-.9, -.28), (.9, -.28), (.9, .28), (-.9, .28)])],
+    "ring": [(INK, (-.85, -.85, .85, .85)), (PAPER, (-.42, -.42, .42, .42))],
+    "bolt": [((140, 30, 170), [(.35, -1), (-.6, .15), (-.05, .15), (-.35, 1), (.6, -.2), (.05, -.2)])],
+}
+
+
+def trace(canvas, shape, fill, x=0.0, y=0.0, unit=1.0):
+    """Draw one polygon (list of points) or oval (tuple) given in units of `unit` pixels around (x, y)."""
+    if isinstance(shape, list):
+        canvas.polygon([(x + unit * px, y + unit * py) for px, py in shape], fill=fill)
+    else:
+        canvas.ellipse([(x, y)[i % 2] + unit * v for i, v in enumerate(shape[:4])], fill=fill)
+
+
+def draw_ground(place, size, tint, rng):
+    """The place a toy stands on: a tinted square of `size` pixels with a texture of its own."""
+    ground = tint(GROUND[place])
+    image = Image.new("RGB", (size, size), ground)
+    canvas, dark, pale = ImageDraw.Draw(image), tuple(int(v * .72) for v in ground), (215, 205, 195)
+    width = max(1, size // 64)
+    for _ in range(70 if place in ("grass", "sand", "snow") else 0):
+        x, y = rng.random() * size, rng.random() * size
+        if place == "grass":
+            canvas.line([x, y, x + size * .02, y - size * .07], fill=dark, width=width)
+        else:
+            trace(canvas, (0, 0, 1, 1), dark if place == "sand" else (170, 195, 230), x, y, size * (.02 if place == "sand" else .035))
+    for row in range({"water": 9, "wood": 5, "brick": 8}.get(place, 0)):
+        if place == "water":
+            y, phase = size * (row + .5) / 9, rng.random() * 6
+            canvas.line([(size * t / 24, y + size * .02 * math.sin(t * .9 + phase)) for t in range(25)], fill=(110, 180, 225), width=2 * width)
+            continue
+        high = size / (5 if place == "wood" else 8)
+        canvas.line([0, row * high, size, row * high], fill=dark if place == "wood" else pale, width=2 * width)
+        for column in range(5 if place == "brick" else 0):
+            x = size * (column + .5 * (row % 2)) / 4.5
+            canvas.line([x, row * high, x, (row + 1) * high], fill=pale, width=2 * width)
+    return image
+
+
+def draw_thing(truth, size, tint):
+    """The toy itself, upright, on a transparent square of `size` pixels."""
+    shapes, (bx, by) = SHAPES[truth["category"]]
+    colour, pattern, unit = tint(RGB[truth["colour"]]), truth["pattern"], size - 1
+    dark = tuple(int(v * .45) for v in colour)
+    mask, body = Image.new("L", (size, size), 0), Image.new("RGB", (size, size), colour)
+    for shape in shapes:
+        trace(ImageDraw.Draw(mask), shape, 0 if shape[-1] == "hole" else 255, unit=unit)
+    canvas = ImageDraw.Draw(body)
+    for i in range(7):
+        if pattern == "striped":
+            canvas.rectangle([unit * (i + .25) / 5, 0, unit * (i + .75) / 5, size], fill=dark)
+        for k in range(7):
+            if pattern == "dotted":
+                trace(canvas, (-.045, -.045, .045, .045), dark, unit * (i + .25 + .5 * (k % 2)) / 5.5, unit * (k + .3) / 5.5, unit)
+            elif pattern == "checkered" and (i + k) % 2:
+                canvas.rectangle([unit * i / 7, unit * k / 7, unit * (i + 1) / 7, unit * (k + 1) / 7], fill=dark)
+    if pattern == "split":
+        canvas.rectangle([0, unit * by, size, size], fill=dark)
+    rim = max(3, int(size * (.11 if pattern == "bordered" else .03))) | 1  # MinFilter wants an odd width
+    inner = Image.new("L", (size + 2 * rim, size + 2 * rim), 0)
+    inner.paste(mask, (rim, rim))
+    inner = inner.filter(ImageFilter.MinFilter(rim)).crop((rim, rim, rim + size, rim + size))
+    thing = Image.new("RGB", (size, size), dark if pattern == "bordered" else INK)
+    thing.paste(body, mask=inner)
+    canvas = ImageDraw.Draw(thing)
+    trace(canvas, (-.22, -.22, .22, .22), INK, unit * bx, unit * by, unit)
+    trace(canvas, (-.205, -.205, .205, .205), PAPER, unit * bx, unit * by, unit)
+    for fill, stroke in BADGES[truth["badge"]]:
+        trace(canvas, stroke, fill, unit * bx, unit * by, unit * .155)
+    thing.putalpha(mask)
+    return thing
+
+
+def draw(truth, jitter, size=64):
+    """One photo. truth {kind: word} for all seven kinds; jitter from `new_view`. Returns an RGB picture of size x size pixels."""
+    rng, big = random.Random(jitter["seed"]), 3 * size  # drawn three times too large, then averaged: smooth edges
+    tint = lambda colour: tuple(max(0, min(255, v + rng.randint(-10, 10))) for v in colour)  # noqa: E731
+    image = draw_ground(truth["place"], big, tint, rng)
+    thing = draw_thing(truth, int(big * jitter["scale"]), tint).rotate(jitter["angle"], expand=True, resample=Image.BICUBIC)
+    image.paste(thing, (int(big * jitter["x"] - thing.width / 2), int(big * jitter["y"] - thing.height / 2)), thing)
+    glow = {"bright": lambda v: v, "dim": lambda v: int(v * .5), "misty": lambda v: int(v * .55 + 97)}[truth["light"]]
+    return image.resize((size, size), Image.BOX).point(glow)
+
+
+# ------------------------------------------------------------------------------------------------------ concepts and views
+def new_view(rng):
+    """(truth of the view {kind: word}, its jitter): everything about a photo that is not the thing itself."""
+    view, side = {kind: rng.choice(ATTRIBUTES[kind]) for kind in VIEW}, rng.choice([-1, 1])
+    angle = {"upright": 0, "tilted": 45 * side, "fallen": 90 * side}[view["pose"]] + rng.uniform(-8, 8)
+    return view, dict(angle=angle, scale=rng.uniform(.66, .76), x=rng.uniform(.44, .56), y=rng.uniform(.44, .56), seed=rng.random())
+
+
+def is_fresh(thing):
+    """A quarter of all things never appears while the base model is made; games and report card use only these."""
+    return random.Random(" ".join(thing.values())).random() < .25
+
+
+def new_thing(rng, category=None, fresh=False):
+    """A random {category, colour, pattern, badge}, from the fresh quarter or from the rest."""
+    while True:
+        thing = {kind: rng.choice(ATTRIBUTES[kind]) for kind in ("category", *IDENTITY)} | ({"category": category} if category else {})
+        if is_fresh(thing) == fresh:
+            return thing
+
+
+# ------------------------------------------------------------------------------------------------- words: say, check, cover
+def sentence(truth, kinds):
+    """(coarse, detailed) text that claims the category and, of the other kinds, those in `kinds`."""
+    say = lambda kind, text: [text.format(truth[kind])] if kind in kinds else []  # noqa: E731
+    noun = " ".join([*say("colour", "{}"), *say("pattern", "{}"), truth["category"]])
+    tail = [*say("pose", "{}"), *say("place", "on {}"), *say("light", "in {} light")]
+    detailed = " ".join([f"The {noun}", *say("badge", "with a {} badge")]) + (", " + " ".join(tail) if tail else "") + "."
+    return " ".join(["A photo of a", *say("colour", "{}"), truth["category"]]), detailed
+
+
+def claims(text):
+    """What a text claims: [(kind, word), ...] in reading order. Every attribute has words of its own, so looking them up is a parse."""
+    return [(KIND[word], word) for word in text.lower().replace(".", " ").replace(",", " ").split() if word in KIND]
+
+
+def oracle(text, truth):
+    """The symbolic listener: does every claim of the text hold for this photo? Never used in training, only to measure."""
+    return all(truth[kind] == word for kind, word in claims(text))
+
+
+def leaks(text):
+    """Does the text mention place, pose or light?"""
+    return any(kind in VIEW for kind, _ in claims(text))
+
+
+def coverage(text):
+    """Share of the identity attributes (colour, pattern, badge) that the text names, right or wrong."""
+    return len({kind for kind, _ in claims(text)} & set(IDENTITY)) / len(IDENTITY)
+
+
+# --------------------------------------------------------------------------------------------- the checkpoint, from nothing
+WIDTH, LAYERS, BLOCKS = 128, 5, 3
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>"]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
+            "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
+CAPTION = "<thinking> I see a {} . </thinking> <coarse> {} </coarse> <detailed> {} </detailed>"
+ASK = {"speak": [{"type": "image"}, {"type": "text", "text": SPEAK}],
+       "listen": [{"type": "image"}, {"type": "text", "text": LISTEN[0]}, {"type": "text", "text": '"{}"'}, {"type": "text", "text": LISTEN[1]}]}
+SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "light": .65}  # how often a dense caption mentions each kind
+
+
+def new_tokenizer():
+    """Word-level: a token is a word, a tag, a punctuation mark, or one whole prompt of ours (departure 3)."""
+    grammar = "user assistant yes no system \" , . A photo of a The with badge on in light I see <thinking> </thinking> <coarse> </coarse> <detailed> </detailed>"
+    words = SPECIAL + grammar.split() + list(KIND)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "removed", invert=True)
+    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in [*SPECIAL, SPEAK, *LISTEN]])
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                                   padding_side="left", clean_up_tokenization_spaces=True)
+
+
+def new_model(tokenizer):
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in dict(
+        image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end",
+        bos_token_id="endoftext", pad_token_id="endoftext", eos_token_id="im_end").items()}
+    text = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer),
+                max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}, tie_word_embeddings=True,
+                **{k: v for k, v in ids.items() if k[:3] in ("bos", "eos", "pad")})
+    vision = dict(depth=BLOCKS, embed_dim=WIDTH, num_heads=4, hidden_size=WIDTH, mlp_ratio=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    model.generation_config = GenerationConfig(bos_token_id=ids["bos_token_id"], pad_token_id=ids["pad_token_id"], eos_token_id=[ids["eos_token_id"], ids["pad_token_id"]])
+    return model
+
+
+def new_photo(seed):
+    """(picture as uint8 [64, 64, 3], truth) of a random thing that is not fresh."""
+    rng = random.Random(seed)
+    view, jitter = new_view(rng)
+    truth = new_thing(rng) | view
+    return np.asarray(draw(truth, jitter)), truth
+
+
+def fit(title, modules, loss_of, steps):
+    """Minimise `loss_of(step) -> (loss, figures to show)` over `steps` steps: Muon for matrices, AdamW for the rest, cosine decay."""
+    parameters = [p for module in modules for p in module.parameters()]
+    hidden = {id(p) for module in modules for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name and "head" not in name}
+    optimizers = [torch.optim.Muon([p for p in parameters if id(p) in hidden], lr=.02),
+                  torch.optim.AdamW([p for p in parameters if id(p) not in hidden], lr=2e-3)]
+    plans = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * .5 * (1 + math.cos(math.pi * s / steps))) for o in optimizers]
+    for step in (bar := tqdm(range(steps), desc=title, mininterval=2)):
+        loss, figures = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for stage in (*optimizers, *plans):
+            stage.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
+
+
+def fit_vision(model, processor, pictures, truths, steps, batch=32):
+    """Departure 1: the tower learns every attribute from a linear head on the mean of its image tokens."""
+    heads = torch.nn.ModuleDict({kind: torch.nn.Linear(WIDTH, len(words)) for kind, words in ATTRIBUTES.items()})
+    target = {kind: torch.tensor([words.index(truth[kind]) for truth in truths]) for kind, words in ATTRIBUTES.items()}
+    draw_of = torch.Generator().manual_seed(0)
+
+    def loss_of(step):
+        rows = torch.randint(len(pictures), (batch,), generator=draw_of)
+        seen = processor(images=list(pictures[rows.numpy()]), return_tensors="pt")
+        pooled = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output.unflatten(0, (batch, -1)).mean(1)  # [batch, WIDTH]
+        logits = {kind: head(pooled) for kind, head in heads.items()}
+        right = {kind: (logits[kind].argmax(-1) == target[kind][rows]).float().mean().item() for kind in heads}
+        return sum(F.cross_entropy(logits[kind], target[kind][rows]) for kind in heads), right
+
+    fit("1/2 the vision tower learns to see", [model.model.visual, heads], loss_of, steps)
+
+
+def language_batch(tokenizer, ask, truths, most, rng, questions=3):
+    """One dense caption and some questions per picture, as right-padded rows that continue the picture's prefix.
+
+    Half of the questions hold, the others make one false claim (a fifth of them two); `most` claims besides the category at most.
+    Returns ids, labels (the next token where it is to be learned, else -100) and verdicts (1 true claim, 0 false claim, -1 no claim), each [rows, T].
+    """
+    texts, answers = [], []
+    for truth in truths:
+        said = {kind for kind, share in SAID.items() if rng.random() < share}
+        texts.append(ask["speak"] + CAPTION.format(truth["category"], *sentence(truth, said)) + "<|im_end|>")
+        answers.append(None)
+        for _ in range(questions):
+            told = rng.sample(list(SAID), rng.randint(0, most))
+            lies = rng.sample([*told, "category"], min(len(told) + 1, rng.choice([1, 1, 1, 1, 2]))) if rng.random() < .5 else []
+            claimed = truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != truth[kind]]) for kind in lies}
+            texts.append(ask["listen"].format(". ".join(sentence(claimed, told))) + ("no" if lies else "yes"))
+            answers.append(1)
+    rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, length = rows["input_ids"], rows["attention_mask"].sum(-1, keepdim=True)  # [rows, T], [rows, 1]
+    place = torch.arange(ids.shape[1])[None]
+    prompt = len(tokenizer(ask["speak"])["input_ids"])
+    first = torch.tensor([prompt if answer is None else 0 for answer in answers])[:, None]
+    first = torch.where(first == 0, length - 1, first)  # of a question only the answer, its last token, is learned
+    labels = torch.where((place >= first) & (place < length), ids, -100).roll(-1, 1)
+    facts = torch.tensor([tokenizer.convert_tokens_to_ids(list(truth.values())) for truth in truths]).repeat_interleave(1 + questions, 0)  # [rows, 7]
+    is_claim = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(KIND)))) & (first == length - 1)
+    verdicts = torch.where(is_claim, (ids[..., None] == facts[:, None]).any(-1).long(), -1)
+    labels[:, -1] = -100
+    return ids, labels, verdicts
+
+
+def fit_language(model, tokenizer, features, truths, steps, batch=24):
+    """Captions and questions, each question its own continuation of the picture: packed into one row, they would answer each other."""
+    judge = torch.nn.Linear(WIDTH, 2)  # departure 2
+    rng, decoder = random.Random(0), model.model.language_model
+    chat = {who: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True) for who, content in ASK.items()}
+    head, ask = chat["speak"].split("<|vision_end|>")[0], {who: text.split("<|vision_end|>")[1] for who, text in chat.items()}
+    ids = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1]) + "<|vision_end|>", return_tensors="pt")["input_ids"]
+    is_image = ids == model.config.image_token_id
+    side = 2 * math.isqrt(features.shape[1])
+    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))  # [3, 1, P]
+
+    def loss_of(step):
+        pick = [rng.randrange(len(truths)) for _ in range(batch)]
+        rows, labels, verdicts = language_batch(tokenizer, ask, [truths[i] for i in pick], min(6, 1 + 6 * step // 400), rng)
+        prefix = decoder.embed_tokens(ids).expand(batch, -1, -1).masked_scatter(is_image[..., None], features[pick].float())  # [batch, P, WIDTH]
+        cache = decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, batch, -1), past_key_values=DynamicCache(config=model.config.text_config), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(rows) // batch)
+        place = positions.max() + 1 + torch.arange(rows.shape[1]).expand(3, len(rows), -1)
+        hidden = decoder(inputs_embeds=decoder.embed_tokens(rows), position_ids=place, past_key_values=cache, use_cache=True).last_hidden_state  # [rows, T, WIDTH]
+        asked = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"])))
+        told = (labels >= 0) & ~asked
+        answer = F.cross_entropy(logits := model.lm_head(hidden[asked]), labels[asked])
+        caption = F.cross_entropy(model.lm_head(hidden[told]), labels[told])
+        claim = F.cross_entropy(judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
+        right = (logits.argmax(-1) == labels[asked]).float()
+        return answer + caption + claim, {"caption": caption.item(), "claim": claim.item(), "answers": right.mean().item()}
+
+    fit("2/2 the language model learns to speak and to listen", [decoder, judge], loss_of, steps)
+
+
+# -------------------------------------------------------------------------------------------------------- for the game
+def world(seed, size=64, concepts=12, views=6):
+    """`concepts` things of each category with `views` photos of size x size pixels each -> [data.Concept]. All are fresh (`is_fresh`).
+
+    A category's things are look-alikes, grown from one another by changing one attribute, so that every attribute is sometimes the
+    only difference.
+    """
+    out = []
+    for category in ATTRIBUTES["category"]:
+        rng = random.Random(f"world {seed} {category}")
+        things = [new_thing(rng, category, fresh=True)]
+        while len(things) < concepts:
+            kind = rng.choice(IDENTITY)
+            sibling = rng.choice(things) | {kind: rng.choice(ATTRIBUTES[kind])}
+            if rng.random() < .1 or not is_fresh(sibling):  # now and then a new family, since a thing may have no fresh sibling
+                sibling = new_thing(rng, category, fresh=True) if rng.random() < .1 else things[0]
+            if sibling not in things:
+                things.append(sibling)
+        for number, thing in enumerate(things, 1):
+            photos = []
+            for place in range(1, views + 1):
+                view, jitter = new_view(rng)
+                photos.append(Photo(f"{category}-{number}/{place}", functools.partial(draw, thing | view, jitter, size), thing | view))
+            out.append(Concept(f"{category}-{number}", category, photos))
+    return out
+
+
+def report_card(mllm, photos=2000):
+    """Print how honest the model is on fresh things: what it claims when it speaks at temperature 1, what it accepts when it listens.
+
+    `mllm` is an rrg.MLLM, so that the model is examined through the very code that plays the game.
+    """
+    rng = random.Random("report card")
+    subjects = []
+    for number in range(photos):
+        view, jitter = new_view(rng)
+        truth = new_thing(rng, fresh=True) | view
+        subjects.append(Photo(f"report/{number}", functools.partial(draw, truth, jitter), truth))
+    texts = mllm.speak(subjects, most=56, generator=torch.Generator().manual_seed(0)).texts
+    said = [(kind, word == photo.truth[kind]) for photo, text in zip(subjects, texts) for kind, word in claims(text)]
+    true, false = [], {kind: [] for kind in ATTRIBUTES}
+    for photo in subjects:
+        told = rng.sample(list(SAID), rng.randint(0, 6))
+        true.append((photo, ". ".join(sentence(photo.truth, told))))
+        for kind in ATTRIBUTES:
+            told = {kind, *rng.sample(list(SAID), rng.randint(0, 5))}
+            lie = photo.truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != photo.truth[kind]])}
+            false[kind].append((photo, ". ".join(sentence(lie, told))))
+    accepts = lambda pairs: (mllm.listen(pairs) > .5).float().mean().item()  # noqa: E731
+    card = {"well formed": sum(parse(text) is not None for text in texts) / photos, "accepts a true description": accepts(true)}
+    print(f"{photos} fresh photos; answers well formed {card['well formed']:.1%}; true descriptions accepted {card['accepts a true description']:.1%}\n"
+          f"{'':10}{'says it right':>15}{'catches it as the one false claim':>36}")
+    for kind in ATTRIBUTES:
+        right = [ok for k, ok in said if k == kind]
+        card[kind] = (sum(right) / max(1, len(right)), 1 - accepts(false[kind]))
+        print(f"{kind:10}{card[kind][0]:>15.1%}{card[kind][1]:>36.1%}")
+    return card
+
+
+def build(folder, pictures, vision_steps, language_steps):
+    """Draw the pictures, train the tower, freeze it, train the language model, and save an ordinary checkpoint folder in 16 bit."""
+    torch.manual_seed(0)
+    with multiprocessing.Pool() as pool:
+        bank = list(tqdm(pool.imap(new_photo, range(pictures), chunksize=100), total=pictures, desc="drawing"))
+    truths, bank = [truth for _, truth in bank], np.stack([picture for picture, _ in bank])
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer)
+    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
+    fit_vision(model, processor, bank, truths, vision_steps)
+    model.model.visual.requires_grad_(False)
+    features = []
+    for start in tqdm(range(0, pictures, 64), desc="encoding"):  # frozen from here on: each picture goes through the tower once
+        seen = processor(images=list(bank[start:start + 64]), return_tensors="pt")
+        features.append(model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output.unflatten(0, (-1, 16)).half())
+    fit_language(model, tokenizer, torch.cat(features), truths, language_steps)
+    for part in (model.half(), tokenizer, processor):
+        part.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="do not train, only print the report card of the checkpoint in --out")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="checkpoint folder (default toy-qwen2-vl)")
+    parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from (default 40000)")
+    parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 32 pictures for the vision tower (default 6000)")
+    parser.add_argument("--language-steps", type=int, default=4000, help="steps of 24 pictures for the language model (default 4000)")
+    args = parser.parse_args()
+    if not args.report:
+        build(args.out, args.pictures, args.vision_steps, args.language_steps)
+    import rrg  # it imports this file, so only now: the report card is taken with the very code that plays the game
+
+    report_card(rrg.MLLM(args.out, 64 * 64))
