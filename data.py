@@ -100,7 +100,8 @@ def load_concepts(root, log=print):
     """Read a folder of photos -> [Concept, ...] sorted by name, each with at least two readable photos.
 
     Every photo is opened once, so that a broken one is found now and not in the middle of training. Broken photos and concepts left
-    with fewer than two are skipped, counted and reported through `log`. Raises DataError for a folder without pictures and for Git-LFS pointers.
+    with fewer than two are skipped, counted and reported through `log`. Raises DataError for a folder without pictures and for
+    Git-LFS pointers.
     """
     root = pathlib.Path(root)
     if not root.is_dir():
@@ -114,7 +115,8 @@ def load_concepts(root, log=print):
         if folders and folders[0].rstrip("_") in ("train", "test") or folders[:1] == ["dataset"] and classes:
             folders = folders[1:]
         if not folders or len(folders) > 2:
-            raise DataError(f"{path} lies {'beside' if not folders else 'too deep below'} the concept folders; expected <concept>/photo or <category>/<concept>/photo")
+            where = "too deep below" if folders else "beside"
+            raise DataError(f"{path} lies {where} the concept folders; expected <concept>/photo or <category>/<concept>/photo")
         try:
             read_photo(path)
         except DataError:
@@ -130,7 +132,8 @@ def load_concepts(root, log=print):
     if lonely:
         log(f"skipped {len(lonely)} concepts with one photo only, such as {lonely[0]}: the game needs a second view")
     twice = {name for name, count in Counter(name for _, name in found).items() if count > 1}
-    concepts = [Concept(f"{category}/{name}" if name in twice else name, category, photos) for (category, name), photos in found.items() if len(photos) > 1]
+    concepts = [Concept(f"{category}/{name}" if name in twice else name, category, photos)
+                for (category, name), photos in found.items() if len(photos) > 1]
     if not concepts:
         raise DataError(f"{root} has no concept with two readable photos; put the photos of each thing in a folder of its own")
     return sorted(concepts, key=lambda concept: natural(concept.name))

@@ -59,7 +59,8 @@ def kl_k3(logp, ref_logp):
     return d.exp() - d - 1
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.2, beta=0.04, loss="grpo", max_length=None, total=None):
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.2, beta=0.04,
+              loss="grpo", max_length=None, total=None):
     """The clipped surrogate with a KL penalty, to be minimised.
 
         ratio_t = pi(o_t) / pi_old(o_t)
@@ -177,6 +178,7 @@ def merge_lora(model):
 
 # ------------------------------------------------------------------------------------- the adapter on disk, in PEFT's format
 PEFT_PREFIX = "base_model.model."
+NOT_HERE = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
 
 
 def write_atomically(path, write):
@@ -208,7 +210,8 @@ def save_adapter(model, folder, base=""):
     first = next(iter(layers.values()))
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=first.rank, lora_alpha=first.alpha,
                   target_modules=sorted({name.split(".")[-1] for name in layers}), lora_dropout=0.0, bias="none", inference_mode=True,
-                  fan_in_fan_out=False, init_lora_weights=True, use_rslora=False, use_dora=False, modules_to_save=None, rank_pattern={}, alpha_pattern={})
+                  fan_in_fan_out=False, init_lora_weights=True, use_rslora=False, use_dora=False, modules_to_save=None,
+                  rank_pattern={}, alpha_pattern={})
     write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomically(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
 
@@ -227,7 +230,7 @@ def load_adapter(model, folder):
     config, wrong = json.loads((folder / "adapter_config.json").read_text()), []
     if config.get("peft_type") != "LORA":
         wrong.append(f"peft_type {config.get('peft_type')}")
-    wrong += [name for name in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(name)]
+    wrong += [name for name in NOT_HERE if config.get(name)]
     wrong += ["bias"] if config.get("bias", "none") != "none" else []
     if wrong:
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
@@ -242,10 +245,10 @@ def load_adapter(model, folder):
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], names=names)
     mine = lora_state(model)
-    if mine.keys() != tensors.keys():
-        raise ValueError(f"{folder} does not fit: {len(mine.keys() ^ tensors.keys())} tensors missing or unexpected, such as {sorted(mine.keys() ^ tensors.keys())[0]}")
+    if odd := sorted(mine.keys() ^ tensors.keys()):
+        raise ValueError(f"{folder} does not fit: {len(odd)} tensors missing or unexpected, such as {odd[0]}")
     if odd := [key for key in mine if mine[key].shape != tensors[key].shape]:
-        raise ValueError(f"{folder} does not fit: {odd[0]} has shape {list(tensors[odd[0]].shape)} where the model has {list(mine[odd[0]].shape)}")
+        raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not {list(mine[odd[0]].shape)}")
     for key, value in mine.items():
         value.copy_(tensors[key])
     for layer in lora_layers(model).values():

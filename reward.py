@@ -2,7 +2,8 @@
 
 The speaker answers in three fields; the first is for itself, the other two are the description:
 
-    <thinking> I see a mug . </thinking> <coarse> A photo of a red mug </coarse> <detailed> The red striped mug with a star badge. </detailed>
+    <thinking> I see a mug. </thinking> <coarse> A photo of a red mug </coarse>
+    <detailed> The red striped mug with a star badge. </detailed>
 
 The listener is shown one candidate picture at a time and asked whether the description fits it. What it answers becomes
 

@@ -31,17 +31,17 @@ import os
 import pathlib
 import platform
 import random
+import re
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -52,28 +52,31 @@ import reward
 import toy
 
 # Qwen2-VL's layout, for checkpoints that come without one
-CHAT = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+CHAT = ("{% for m in messages %}"
+        "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
         "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-ROWS = 128  # rows that go through the model at once where no gradient is needed; bounds the memory, not the result
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ROWS = 128  # rows that go through the model at once where no gradient is needed, and ...
+LOGITS = 2 ** 26  # ... numbers that are made of the vocabulary at once (256 MB): both bound the memory, not the result
 
 
 # ------------------------------------------------------------------------------------------------- the model: two primitives
 @dataclass
 class Prefix:
     """B prompts that the model has read: their keys and values, which of the P places are real [B, P] (None: all), the position that
-    comes next [B], and the logits of the first continuation token [B, V]."""
+    comes next [B], and the last hidden state [B, D], which predicts the first continuation token."""
     cache: DynamicCache
     mask: torch.Tensor | None
     next: torch.Tensor
-    logits: torch.Tensor
+    last: torch.Tensor
 
     def rows(self, index):
         """The prefix of row `index[n]` for each continuation n, sharing nothing with the original but its gradient."""
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[index], layer.values[index], i)
-        return Prefix(cache, None if self.mask is None else self.mask[index], self.next[index], self.logits[index])
+        return Prefix(cache, None if self.mask is None else self.mask[index], self.next[index], self.last[index])
 
 
 @dataclass
@@ -145,7 +148,7 @@ class MLLM:
         full = []
         for text, group in zip(texts, views, strict=True):
             first, *rest = text.split(self.image)  # one marker a picture becomes one marker an image token
-            full.append(first + "".join(self.image * len(features) + part for (features, _), part in zip(group, rest, strict=True)))
+            full.append(first + "".join(self.image * len(f) + part for (f, _), part in zip(group, rest, strict=True)))
         batch = self.tokenizer(full, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, P]
         if self.tokenizer.unk_token_id is not None and (ids == self.tokenizer.unk_token_id).any():
@@ -155,10 +158,12 @@ class MLLM:
         embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
         grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
         # Positions are always given: without them transformers silently counts in one dimension or reuses those of the last call.
-        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, B, P]
+        positions, _ = self.model.model.get_rope_index(  # [3, B, P]
+            ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)
         mask = None if mask.all() else mask
-        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache(), use_cache=True)
-        return Prefix(out.past_key_values, mask, positions.amax((0, 2)) + 1, self.model.lm_head(out.last_hidden_state[:, -1]))
+        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                           past_key_values=DynamicCache(), use_cache=True)
+        return Prefix(out.past_key_values, mask, positions.amax((0, 2)) + 1, out.last_hidden_state[:, -1])
 
     def carry_on(self, prefix, ids):
         """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. The prefix grows by T places."""
@@ -173,17 +178,22 @@ class MLLM:
     @torch.no_grad()
     def sample(self, prefix, most, generator=None):
         """Sample one answer of at most `most` tokens for each row of a prefix, at temperature 1; greedily where there is no generator."""
-        logits, done = prefix.logits, torch.zeros(len(prefix.logits), dtype=torch.bool, device=self.device)
+        hidden, done = prefix.last, torch.zeros(len(prefix.last), dtype=torch.bool, device=self.device)  # [N, D], [N]
         ids, logps, mask = [], [], []
         while len(ids) < most and not done.all():
             if ids:
-                logits = self.model.lm_head(self.carry_on(prefix, ids[-1][:, None])[:, -1])  # [N, V]
-            chance = logits.float().softmax(-1)
-            token = logits.argmax(-1) if generator is None else torch.multinomial(chance, 1, generator=generator).squeeze(1)  # [N]
+                hidden = self.carry_on(prefix, ids[-1][:, None])[:, -1]  # [N, D]
+            logp = self.model.lm_head(hidden).float().log_softmax(-1)  # [N, V]
+            if generator is None:
+                token = logp.argmax(-1, keepdim=True)  # [N, 1]
+            else:  # where a uniform number falls among the summed chances; multinomial would draw a number for each word there is
+                cdf = logp.exp().cumsum(-1)  # [N, V]
+                draw = torch.rand(len(cdf), 1, generator=generator, device=self.device)  # [N, 1]
+                token = torch.searchsorted(cdf, draw * cdf[:, -1:])  # [N, 1]
             mask.append(~done)
-            ids.append(torch.where(done, self.ends[0], token))
-            logps.append(grpo.token_logps(logits, ids[-1]))
-            done = done | torch.isin(token, self.ends)
+            ids.append(torch.where(done, self.ends[0], token.squeeze(1)))
+            logps.append(logp.gather(1, token).squeeze(1))
+            done = done | torch.isin(ids[-1], self.ends)
         ids, logps, mask = torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(mask, 1)  # [N, C]
         texts = [self.tokenizer.decode(row[kept & ~torch.isin(row, self.ends)]) for row, kept in zip(ids, mask)]
         return Answers(ids, mask, logps, texts)
@@ -198,9 +208,14 @@ class MLLM:
         """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B photos."""
         prefix = self.prefill([self.chat(photo, reward.SPEAK) for photo in photos], [[photo] for photo in photos])
         prefix = prefix.rows(self.each(len(photos), len(ids) // len(photos)))
-        first = prefix.logits[:, None]  # [N, 1, V]
-        rest = self.model.lm_head(self.carry_on(prefix, ids[:, :-1])) if ids.shape[1] > 1 else first[:, :0]  # [N, C - 1, V]
-        return torch.cat([grpo.token_logps(first, ids[:, :1]), grpo.token_logps(rest, ids[:, 1:])], 1)
+        hidden = prefix.last[:, None]  # [N, 1, D]
+        if ids.shape[1] > 1:
+            hidden = torch.cat([hidden, self.carry_on(prefix, ids[:, :-1])], 1)  # [N, C, D]
+        # Logits [N, C, V] are the largest tensor of all by far. So they are made a few at a time, and again in the backward pass.
+        logps = lambda h, i: grpo.token_logps(self.model.lm_head(h), i)  # noqa: E731
+        few = max(1, LOGITS // self.model.lm_head.out_features)
+        parts = zip(hidden.flatten(0, 1).split(few), ids.flatten().split(few))
+        return torch.cat([checkpoint(logps, h, i, use_reentrant=False) for h, i in parts]).view_as(ids)
 
     @torch.no_grad()
     def listen(self, pairs):
@@ -217,7 +232,8 @@ class MLLM:
                     rows = self.tokenizer([reward.quoted(text, self.markers) + tail for _, text in chunk], add_special_tokens=False,
                                           padding=True, padding_side="right", return_tensors="pt").to(self.device)
                     last = rows["attention_mask"].sum(1) - 1  # [N]; what follows it is padding that it cannot see
-                    hidden = self.carry_on(prefix.rows(torch.tensor([part[photo] for photo, _ in chunk], device=self.device)), rows["input_ids"])  # [N, T, D]
+                    index = torch.tensor([part[photo] for photo, _ in chunk], device=self.device)  # [N]
+                    hidden = self.carry_on(prefix.rows(index), rows["input_ids"])  # [N, T, D]
                     logits = self.model.lm_head(hidden[self.each(len(chunk)), last])  # [N, V]
                     rho |= zip(chunk, reward.fit(logits, self.yes, self.no).tolist())
         return torch.tensor([rho[pair] for pair in pairs])
@@ -269,24 +285,30 @@ def settings(argv=None):
     """The command line -> (Config, resume). The toy model has a few defaults of its own; --resume takes over the settings of the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in dataclasses.fields(Config):
-        note = f" (default {option.default}{f', toy model {TOY[option.name]}' if option.name in TOY else ''})" if str(option.default) not in ("", str(toy.FOLDER)) else ""
-        parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, metavar=option.type.__name__.upper()
-                            if "choices" not in option.metadata else None, help=option.metadata["help"] + note, choices=option.metadata.get("choices"))
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
+        note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
+        note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out") else ""
+        choices = option.metadata.get("choices")
+        parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
+                            metavar=None if choices else option.type.__name__.upper(), help=option.metadata["help"] + note)
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))
     if not given.pop("resume"):
         is_toy = pathlib.Path(given.get("model", toy.FOLDER)).resolve() == toy.FOLDER.resolve()
         config = Config(**(TOY if is_toy else {}) | given)
         config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        if config.samples < 2 or config.k < 2 or min(config.steps, config.games, config.mu, config.micro, config.max_tokens, config.save_every) < 1:
-            parser.error("--samples and --k must be at least 2; --steps, --games, --mu, --micro, --max-tokens and --save-every at least 1")
+        for name in ("samples", "k", "steps", "games", "mu", "micro", "max_tokens", "save_every", "eval_games", "rank"):
+            least = 2 if name in ("samples", "k") else 1
+            if getattr(config, name) < least:
+                parser.error(f"--{name.replace('_', '-')} must be at least {least}")
         return config, False
-    runs = [given["out"]] if "out" in given else sorted((str(p.parent) for p in pathlib.Path("runs").glob("*/state.pt")), key=os.path.getmtime)
+    runs = [given["out"]] if "out" in given else sorted(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime)
     if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
         parser.error(f"nothing to resume: {runs[-1] if runs else 'runs/'} has no state.pt")
     saved = json.loads((pathlib.Path(runs[-1]) / "config.json").read_text())["settings"] | {"out": runs[-1]}
     if other := [name for name, value in given.items() if saved[name] != value]:
-        parser.error(f"--resume goes on with the run as it was: --{other[0].replace('_', '-')} was {saved[other[0]]}, not {given[other[0]]}")
+        was, now = saved[other[0]], given[other[0]]
+        parser.error(f"--resume goes on with the run as it was: --{other[0].replace('_', '-')} was {was}, not {now}")
     return Config(**saved), True
 
 
@@ -323,16 +345,18 @@ def judge(mllm, games, texts, config):
     rho = iter(mllm.listen(asked).view(-1, len(games[0].pool)) if asked else [])
     rows = []
     for game, text, answer in zip(games, texts, parsed):
-        row = dict(text=text, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0, listener_accuracy=0.0, parsed=float(bool(answer)), rho=None)
+        row = dict(text=text, rho=None, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0,
+                   listener_accuracy=0.0, parsed=float(bool(answer)))
         if answer:
             belief = next(rho)  # [K]
             pay, right = reward.listener_reward(belief[None], torch.tensor([game.answer]), config.reward)
-            row |= dict(listener_reward=pay.item(), listener_accuracy=float(right), length_reward=reward.length_reward(answer), rho=belief.tolist())
+            row |= dict(rho=belief.tolist(), listener_reward=pay.item(), length_reward=reward.length_reward(answer), listener_accuracy=float(right))
         row["reward"] = sum(getattr(config, f"{part}_weight") * row[f"{part}_reward"] for part in ("listener", "format", "length"))
         if game.target.truth:
             said = answer.text if answer else ""
             fits = [toy.oracle(said, photo.truth) for photo in game.pool]
-            row |= dict(oracle=float(bool(answer) and fits[game.answer] and sum(fits) == 1), leakage=float(toy.leaks(said)), coverage=toy.coverage(said))
+            row |= dict(oracle=float(bool(answer) and fits[game.answer] and sum(fits) == 1), leakage=float(toy.leaks(said)),
+                        coverage=toy.coverage(said))
         rows.append(row)
     return rows
 
@@ -370,8 +394,9 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
     log = {"kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
     for _ in range(config.mu):
         for targets, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
-            loss, stats = grpo.grpo_loss(mllm.score(targets, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high,
-                                         beta=config.beta, loss=config.loss, max_length=config.max_tokens, total=total)
+            loss, stats = grpo.grpo_loss(
+                mllm.score(targets, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
+                loss=config.loss, max_length=config.max_tokens, total=total)
             loss.backward()
             share = mask.sum().item() / answers.mask.sum().item() / config.mu
             log["kl"] += share * stats["kl"]
@@ -379,7 +404,7 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         log["grad_norm"] += norm.item() / config.mu
         if not norm.isfinite():
-            raise FloatingPointError("the gradient is not finite; the state before this step is saved, try a lower --lr")
+            raise FloatingPointError("the gradient is not finite; start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
     return log
@@ -401,7 +426,8 @@ def set_up(config, mllm):
     if config.data:
         concepts, unseen = data.load_concepts(config.data), None
     else:
-        concepts, unseen = toy.world(config.seed, 64 if mllm.config.vision_config.patch_size == 8 else 224), toy.UNSEEN
+        size = 64 if mllm.config.vision_config.patch_size == 8 else 224  # the toy tower's pictures, or 64 image tokens of a real one
+        concepts, unseen = toy.world(config.seed, size), toy.UNSEEN
     parts = data.split_concepts(concepts, config.seed, unseen)
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
@@ -432,8 +458,9 @@ def cut(path, step):
     """Keep of a log (metrics.csv or samples.jsonl) the whole lines up to `step`: the rest is played again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        number = lambda line: json.loads(line)["step"] if path.suffix == ".jsonl" else int(line.split(",")[0]) if line[0].isdigit() else 0  # noqa: E731
-        grpo.write_atomically(path, lambda new: new.write_text("".join(line for line in lines if number(line) <= step)))
+        number = re.compile(r'(?:\{"step": )?(\d+)')  # both kinds of line begin with it; the heading of the table does not
+        kept = [line for line in lines if not (found := number.match(line)) or int(found[1]) <= step]
+        grpo.write_atomically(path, lambda new: new.write_text("".join(kept)))
 
 
 def save(out, mllm, optimizer, config, **rest):
@@ -467,7 +494,8 @@ def train(config, resume):
             cut(out / log, step)
     else:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-        record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=describe(mllm.device), settings=dataclasses.asdict(config))
+        record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device),
+                      settings=dataclasses.asdict(config))
         grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
         (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
         (out / "samples.jsonl").write_text("")
@@ -495,72 +523,51 @@ def train(config, resume):
             seconds += log["seconds"]
             table.writerow({key: f"{value:.6g}" for key, value in log.items()})
             game = games[0]  # one game a step goes to the log with all its texts
-            samples_file.write(json.dumps(dict(step=step + 1, concept=game.concept, target=game.target.name, pool=[photo.name for photo in game.pool],
-                                               answer=game.answer, samples=rows[:config.samples])) + "\n")
+            record = dict(step=step + 1, concept=game.concept, target=game.target.name, pool=[photo.name for photo in game.pool],
+                          answer=game.answer, samples=rows[:config.samples])
+            samples_file.write(json.dumps(record) + "\n")
             metrics_file.flush(), samples_file.flush()
-            bar.set_postfix(reward=f"{log['reward']:.2f}", listener=f"{log['listener_accuracy']:.0%}", kl=f"{log['kl']:.3f}")
+            bar.set_postfix({"reward": f"{log['reward']:.2f}", "listener": f"{log['listener_accuracy']:.0%}", "kl": f"{log['kl']:.3f}"})
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
             if stopped:
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     after = examine(mllm, seen, unseen, config)
-    result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps, seconds=round(seconds, 1), device=describe(mllm.device))
+    result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps,
+                  seconds=round(seconds, 1), device=machine(mllm.device))
     grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     show(result, [seen[i] for i in showcase(seen)], before["examples"], after["examples"], out)
     return result
 
 
 # ------------------------------------------------------------------------------------------------------------- the outcome
-def describe(device):
+def machine(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def show(result, games, before, after, out):
-    """Print before and after side by side with three held-out examples, and draw the first ones as <out>/examples.png."""
-    tell = lambda value: "   -  " if value is None else f"{value:6.1%}"  # noqa: E731
-    print(f"\n{'held-out games':24}{'before':>10}{'after':>10}{'before':>14}{'after':>10}\n{'':24}{'seen categories':>20}{'unseen categories':>24}")
+    """Print before and after side by side, and three held-out games."""
+    tell = lambda part, name: "-" if part is None or part[name] is None else f"{part[name]:.1%}"  # noqa: E731
+    columns = [result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"]]
+    print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
     for name in ("identification", "oracle", "leakage", "coverage", "parsed"):
-        cells = [part[name] if part else None for part in (result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"])]
-        print(f"{name:24}{tell(cells[0]):>10}{tell(cells[1]):>10}{tell(cells[2]):>14}{tell(cells[3]):>10}")
+        cells = [tell(part, name) for part in columns]
+        print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for game, old, new in zip(games, before, after):
         print(f"\n{game.target.name} (the listener sees {', '.join(photo.name for photo in game.pool)})")
         for when, row in (("before", old), ("after", new)):
             belief = "not parsed" if row["rho"] is None else " ".join(f"{'*' if i == game.answer else ''}{rho:.2f}" for i, rho in enumerate(row["rho"]))
             answer = reward.parse(row["text"])
             print(f"  {when:7}{answer.text if answer else row['text'][:200]!r}  [{belief}]")
-    picture(games, before, after).save(out / "examples.png")
-    print(f"\n{result['seconds']:.0f} s of training. {out}/: metrics.csv, samples.jsonl, examples.png, result.json, and the speaker in adapter/")
-
-
-def picture(games, before, after, side=180):
-    """The games as people see them: the target, what was said of it before and after, and how well that fits each candidate."""
-    k, font, pad = len(games[0].pool), ImageFont.load_default(15), 16
-    width, high = pad + (k + 1) * (side + pad) + 24, 44 + side + 2 * 92
-    sheet = Image.new("RGB", (width, high * len(games)), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for row, (game, *said) in enumerate(zip(games, before, after)):
-        top = row * high + 30
-        for i, photo in enumerate([game.target, *game.pool]):
-            x = pad + i * (side + pad) + (24 if i else 0)
-            title = "the speaker sees" if i == 0 else "same thing" if i - 1 == game.answer else "look-alike"
-            canvas.text((x, top - 22), title, "#1a7f37" if title == "same thing" else "#555555", font)
-            sheet.paste(photo.open().resize((side, side), Image.NEAREST if side > photo.open().width else Image.BICUBIC), (x, top))
-            for line, (when, colour) in enumerate((("before", "#c4432b"), ("after", "#1a7f37"))):
-                y, belief = top + side + 10 + 92 * line, said[line]["rho"]
-                if i == 0:
-                    answer = reward.parse(said[line]["text"])
-                    text = textwrap.fill(f"{when}: {answer.detailed if answer else 'not parsed'}", 27)
-                    canvas.text((x, y), text, colour, font, spacing=3)
-                elif belief:
-                    canvas.rectangle([x, y + 4, x + side, y + 18], "#eeeeee")
-                    canvas.rectangle([x, y + 4, x + side * belief[i - 1], y + 18], colour)
-                    canvas.text((x, y + 22), f"fits: {belief[i - 1]:.0%}", "#333333", font)
-    return sheet
+    print(f"\n{result['seconds']:.0f} s of training. In {out}/: metrics.csv, samples.jsonl, result.json, and the speaker in adapter/")
 
 
 if __name__ == "__main__":
     try:
         train(*settings())
-    except data.DataError as error:
+    except (data.DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; a run that has saved a state goes on with --resume")

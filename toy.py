@@ -5,11 +5,14 @@ stands on, its pose, the light, and an unspoken jitter of size, position and tin
 the view is what it should leave out. Every attribute has words of its own, so "red" can only be a body colour and what a text claims can
 be read off its words. One literal example, as the speaker writes it and as the listener is asked about it:
 
-    <thinking> I see a mug . </thinking> <coarse> A photo of a red mug </coarse> <detailed> The red striped mug with a star badge , tilted on grass in dim light . </detailed>
-    Read this description: "A photo of a red mug. The red striped mug with a star badge, tilted on grass in dim light." Does ... Answer yes or no.
+    <thinking> I see a mug. </thinking> <coarse> A photo of a red mug </coarse>
+    <detailed> The red striped mug with a star badge, tilted on grass in dim light. </detailed>
 
-The model is a real `Qwen2VLForConditionalGeneration` of 2.3M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to be an
-honest small MLLM: it captions densely, mixing identity and view, and as a listener says yes only if every claim fits the picture.
+    Read this description: "A photo of a red mug. The red striped mug with a star badge, tilted on grass in dim light."
+    Does every part of it fit the main subject of this photo? Answer yes or no.
+
+The model is a real `Qwen2VLForConditionalGeneration` of 2.2M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to
+be an honest small MLLM: it captions densely, mixing identity and view, and as a listener says yes only if every claim fits the picture.
 
     python toy.py                    # rebuild toy-qwen2-vl/ from nothing (two CPU cores: see the README for the time), then its report card
     python toy.py --report           # only the report card of the shipped checkpoint
@@ -32,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import Concept, Photo
@@ -58,7 +61,7 @@ RGB = {"red": (205, 35, 40), "brown": (140, 85, 45), "yellow": (242, 218, 45), "
 GROUND = {"grass": (95, 160, 70), "sand": (222, 195, 140), "snow": (228, 236, 246), "water": (70, 140, 190),
           "wood": (140, 95, 60), "brick": (165, 90, 75)}
 INK, PAPER = (35, 35, 45), (255, 255, 255)
-# In a unit square: lists are polygons of (x, y), tuples are ovals (x0, y0, x1, y1), a fifth entry cuts a hole; last, the badge's centre.
+# In a unit square: lists are polygons of (x, y), tuples ovals (x0, y0, x1, y1), a fifth entry cuts a hole; last, the badge's centre.
 SHAPES = {
     "mug": ([(.55, .28, .98, .76), (.67, .4, .86, .64, "hole"), [(.1, .12), (.72, .12), (.72, .93), (.1, .93)]], (.41, .53)),
     "bottle": ([[(.39, .02), (.61, .02), (.61, .3), (.78, .42), (.78, .98), (.22, .98), (.22, .42), (.39, .3)]], (.5, .67)),
@@ -68,7 +71,8 @@ SHAPES = {
              (.1, .62, .38, .92), (.62, .62, .9, .92)], (.5, .46)),
     "house": ([[(.5, .02), (.99, .42), (.86, .42), (.86, .97), (.14, .97), (.14, .42), (.01, .42)]], (.5, .6)),
     "bear": ([(.12, .14, .88, .97), (.04, .02, .38, .36), (.62, .02, .96, .36)], (.5, .58)),
-    "lamp": ([[(.28, .02), (.72, .02), (.97, .6), (.03, .6)], [(.44, .6), (.56, .6), (.56, .9), (.44, .9)], (.22, .84, .78, .99)], (.5, .35)),
+    "lamp": ([[(.28, .02), (.72, .02), (.97, .6), (.03, .6)], [(.44, .6), (.56, .6), (.56, .9), (.44, .9)],
+              (.22, .84, .78, .99)], (.5, .35)),
     "bag": ([(.24, .03, .76, .66), (.36, .15, .64, .54, "hole"), [(.08, .36), (.92, .36), (.98, .97), (.02, .97)]], (.5, .68)),
     "duck": ([(.03, .36, .88, .97), (.48, .03, .88, .47), [(.84, .18), (1, .27), (.84, .34)]], (.44, .67)),
 }
@@ -77,7 +81,8 @@ BADGES = {  # strokes on a white disc of radius 1, each (colour, polygon or oval
     "star": [((225, 160, 0), STAR)],
     "heart": [((220, 20, 50), [(0, .95), (-.95, -.1), (-.9, -.6), (-.5, -.85), (0, -.4), (.5, -.85), (.9, -.6), (.95, -.1)])],
     "moon": [((40, 70, 200), (-.9, -.9, .9, .9)), (PAPER, (-.25, -.85, 1.15, .55))],
-    "cross": [((20, 140, 60), [(-.28, -.9), (.28, -.9), (.28, .9), (-.28, .9)]), ((20, 140, 60), [(-.9, -.28), (.9, -.28), (.9, .28), (-.9, .28)])],
+    "cross": [((20, 140, 60), [(-.28, -.9), (.28, -.9), (.28, .9), (-.28, .9)]),
+              ((20, 140, 60), [(-.9, -.28), (.9, -.28), (.9, .28), (-.9, .28)])],
     "ring": [(INK, (-.85, -.85, .85, .85)), (PAPER, (-.42, -.42, .42, .42))],
     "bolt": [((140, 30, 170), [(.35, -1), (-.6, .15), (-.05, .15), (-.35, 1), (.6, -.2), (.05, -.2)])],
 }
@@ -97,22 +102,24 @@ def draw_ground(place, size, tint, rng):
     image = Image.new("RGB", (size, size), ground)
     canvas, dark, pale = ImageDraw.Draw(image), tuple(int(v * .72) for v in ground), (215, 205, 195)
     width = max(1, size // 64)
-    for _ in range(70 if place in ("grass", "sand", "snow") else 0):
-        x, y = rng.random() * size, rng.random() * size
-        if place == "grass":
-            canvas.line([x, y, x + size * .02, y - size * .07], fill=dark, width=width)
-        else:
-            trace(canvas, (0, 0, 1, 1), dark if place == "sand" else (170, 195, 230), x, y, size * (.02 if place == "sand" else .035))
-    for row in range({"water": 9, "wood": 5, "brick": 8}.get(place, 0)):
-        if place == "water":
+    if place in ("grass", "sand", "snow"):  # scattered blades, grains, flakes
+        for _ in range(70):
+            x, y = rng.random() * size, rng.random() * size
+            if place == "grass":
+                canvas.line([x, y, x + size * .02, y - size * .07], fill=dark, width=width)
+            else:
+                trace(canvas, (0, 0, 1, 1), dark if place == "sand" else (170, 195, 230), x, y, size * (.02 if place == "sand" else .035))
+    elif place == "water":
+        for row in range(9):
             y, phase = size * (row + .5) / 9, rng.random() * 6
             canvas.line([(size * t / 24, y + size * .02 * math.sin(t * .9 + phase)) for t in range(25)], fill=(110, 180, 225), width=2 * width)
-            continue
-        high = size / (5 if place == "wood" else 8)
-        canvas.line([0, row * high, size, row * high], fill=dark if place == "wood" else pale, width=2 * width)
-        for column in range(5 if place == "brick" else 0):
-            x = size * (column + .5 * (row % 2)) / 4.5
-            canvas.line([x, row * high, x, (row + 1) * high], fill=pale, width=2 * width)
+    else:  # boards or bricks
+        rows = 5 if place == "wood" else 8
+        for row, high in enumerate([size / rows] * rows):
+            canvas.line([0, row * high, size, row * high], fill=dark if place == "wood" else pale, width=2 * width)
+            for column in range(5 if place == "brick" else 0):
+                x = size * (column + .5 * (row % 2)) / 4.5
+                canvas.line([x, row * high, x, (row + 1) * high], fill=pale, width=2 * width)
     return image
 
 
@@ -220,31 +227,35 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.conte
             "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
 CAPTION = "<thinking> I see a {} . </thinking> <coarse> {} </coarse> <detailed> {} </detailed>"
 ASK = {"speak": [{"type": "image"}, {"type": "text", "text": SPEAK}],
-       "listen": [{"type": "image"}, {"type": "text", "text": LISTEN[0]}, {"type": "text", "text": '"{}"'}, {"type": "text", "text": LISTEN[1]}]}
+       "listen": [{"type": "image"}, {"type": "text", "text": LISTEN[0] + '"{}"' + LISTEN[1]}]}
 SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "light": .65}  # how often a dense caption mentions each kind
 
 
 def new_tokenizer():
     """Word-level: a token is a word, a tag, a punctuation mark, or one whole prompt of ours (departure 3)."""
-    grammar = "user assistant yes no system \" , . A photo of a The with badge on in light I see <thinking> </thinking> <coarse> </coarse> <detailed> </detailed>"
-    words = SPECIAL + grammar.split() + list(KIND)
+    grammar = 'user assistant yes no system " , . A photo of a The with badge on in light I see'.split()
+    tags = "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>".split()
+    words = SPECIAL + grammar + tags + list(KIND)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "removed", invert=True)
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in [*SPECIAL, SPEAK, *LISTEN]])
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
-                                   padding_side="left", clean_up_tokenization_spaces=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, unk_token="<unk>", pad_token="<|endoftext|>",
+                                   eos_token="<|im_end|>", padding_side="left", clean_up_tokenization_spaces=True)
 
 
 def new_model(tokenizer):
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in dict(
-        image_token_id="image_pad", video_token_id="video_pad", vision_start_token_id="vision_start", vision_end_token_id="vision_end",
-        bos_token_id="endoftext", pad_token_id="endoftext", eos_token_id="im_end").items()}
-    text = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer),
-                max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}, tie_word_embeddings=True,
-                **{k: v for k, v in ids.items() if k[:3] in ("bos", "eos", "pad")})
-    vision = dict(depth=BLOCKS, embed_dim=WIDTH, num_heads=4, hidden_size=WIDTH, mlp_ratio=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
-    model.generation_config = GenerationConfig(bos_token_id=ids["bos_token_id"], pad_token_id=ids["pad_token_id"], eos_token_id=[ids["eos_token_id"], ids["pad_token_id"]])
+    """Qwen2-VL's architecture at a thousandth of its size, untrained."""
+    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    ends = dict(bos_token_id=id_of("endoftext"), pad_token_id=id_of("endoftext"), eos_token_id=id_of("im_end"))
+    markers = dict(image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
+                   vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    text = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=len(tokenizer), max_position_embeddings=1024, rope_parameters=rope, tie_word_embeddings=True, **ends)
+    vision = dict(hidden_size=WIDTH, embed_dim=WIDTH, depth=BLOCKS, num_heads=4, patch_size=8, spatial_merge_size=2)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ends, **markers)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**ends | {"eos_token_id": [ends["eos_token_id"], ends["pad_token_id"]]})
     return model
 
 
@@ -259,10 +270,12 @@ def new_photo(seed):
 def fit(title, modules, loss_of, steps):
     """Minimise `loss_of(step) -> (loss, figures to show)` over `steps` steps: Muon for matrices, AdamW for the rest, cosine decay."""
     parameters = [p for module in modules for p in module.parameters()]
-    hidden = {id(p) for module in modules for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name and "head" not in name}
+    named = [pair for module in modules for pair in module.named_parameters()]
+    hidden = {id(p) for name, p in named if p.ndim == 2 and "embed" not in name and "head" not in name}
     optimizers = [torch.optim.Muon([p for p in parameters if id(p) in hidden], lr=.02),
                   torch.optim.AdamW([p for p in parameters if id(p) not in hidden], lr=2e-3)]
-    plans = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * .5 * (1 + math.cos(math.pi * s / steps))) for o in optimizers]
+    share = lambda step: min(1, (step + 1) / 50) * .5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
+    plans = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     for step in (bar := tqdm(range(steps), desc=title, mininterval=2)):
         loss, figures = loss_of(step)
         loss.backward()
@@ -284,7 +297,8 @@ def fit_vision(model, processor, pictures, truths, steps, batch=32):
     def loss_of(step):
         rows = torch.randint(len(pictures), (batch,), generator=draw_of)
         seen = processor(images=list(pictures[rows.numpy()]), return_tensors="pt")
-        pooled = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output.unflatten(0, (batch, -1)).mean(1)  # [batch, WIDTH]
+        tokens = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output  # [batch * 16, WIDTH]
+        pooled = tokens.unflatten(0, (batch, -1)).mean(1)  # [batch, WIDTH]
         logits = {kind: head(pooled) for kind, head in heads.items()}
         right = {kind: (logits[kind].argmax(-1) == target[kind][rows]).float().mean().item() for kind in heads}
         return sum(F.cross_entropy(logits[kind], target[kind][rows]) for kind in heads), right
@@ -292,34 +306,39 @@ def fit_vision(model, processor, pictures, truths, steps, batch=32):
     fit("1/2 the vision tower learns to see", [model.model.visual, heads], loss_of, steps)
 
 
+def chats(tokenizer):
+    """What every prompt begins with, up to the picture, and how each goes on: (head, {"speak": text, "listen": text with {}})."""
+    render = lambda content: tokenizer.apply_chat_template(  # noqa: E731
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True).split("<|vision_end|>")
+    return render(ASK["speak"])[0] + "<|vision_end|>", {who: render(content)[1] for who, content in ASK.items()}
+
+
 def language_batch(tokenizer, ask, truths, most, rng, questions=3):
     """One dense caption and some questions per picture, as right-padded rows that continue the picture's prefix.
 
     Half of the questions hold, the others make one false claim (a fifth of them two); `most` claims besides the category at most.
-    Returns ids, labels (the next token where it is to be learned, else -100) and verdicts (1 true claim, 0 false claim, -1 no claim), each [rows, T].
+    Returns ids, labels (the next token where it is to be learned, else -100) and verdicts (1 a true claim, 0 a false one, -1 none),
+    each [rows, T].
     """
-    texts, answers = [], []
+    texts = []
     for truth in truths:
         said = {kind for kind, share in SAID.items() if rng.random() < share}
         texts.append(ask["speak"] + CAPTION.format(truth["category"], *sentence(truth, said)) + "<|im_end|>")
-        answers.append(None)
         for _ in range(questions):
             told = rng.sample(list(SAID), rng.randint(0, most))
             lies = rng.sample([*told, "category"], min(len(told) + 1, rng.choice([1, 1, 1, 1, 2]))) if rng.random() < .5 else []
             claimed = truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != truth[kind]]) for kind in lies}
             texts.append(ask["listen"].format(". ".join(sentence(claimed, told))) + ("no" if lies else "yes"))
-            answers.append(1)
     rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids, length = rows["input_ids"], rows["attention_mask"].sum(-1, keepdim=True)  # [rows, T], [rows, 1]
-    place = torch.arange(ids.shape[1])[None]
-    prompt = len(tokenizer(ask["speak"])["input_ids"])
-    first = torch.tensor([prompt if answer is None else 0 for answer in answers])[:, None]
-    first = torch.where(first == 0, length - 1, first)  # of a question only the answer, its last token, is learned
+    place, is_caption = torch.arange(ids.shape[1])[None], (torch.arange(len(texts)) % (1 + questions) == 0)[:, None]  # [1, T], [rows, 1]
+    first = torch.where(is_caption, len(tokenizer(ask["speak"])["input_ids"]), length - 1)  # of a question only its answer is learned
     labels = torch.where((place >= first) & (place < length), ids, -100).roll(-1, 1)
-    facts = torch.tensor([tokenizer.convert_tokens_to_ids(list(truth.values())) for truth in truths]).repeat_interleave(1 + questions, 0)  # [rows, 7]
-    is_claim = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(KIND)))) & (first == length - 1)
-    verdicts = torch.where(is_claim, (ids[..., None] == facts[:, None]).any(-1).long(), -1)
     labels[:, -1] = -100
+    facts = torch.tensor([tokenizer.convert_tokens_to_ids(list(truth.values())) for truth in truths])  # [pictures, 7]
+    facts = facts.repeat_interleave(1 + questions, 0)  # [rows, 7]
+    is_claim = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(KIND)))) & ~is_caption
+    verdicts = torch.where(is_claim, (ids[..., None] == facts[:, None]).any(-1).long(), -1)
     return ids, labels, verdicts
 
 
@@ -327,21 +346,24 @@ def fit_language(model, tokenizer, features, truths, steps, batch=24):
     """Captions and questions, each question its own continuation of the picture: packed into one row, they would answer each other."""
     judge = torch.nn.Linear(WIDTH, 2)  # departure 2
     rng, decoder = random.Random(0), model.model.language_model
-    chat = {who: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True) for who, content in ASK.items()}
-    head, ask = chat["speak"].split("<|vision_end|>")[0], {who: text.split("<|vision_end|>")[1] for who, text in chat.items()}
-    ids = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1]) + "<|vision_end|>", return_tensors="pt")["input_ids"]
+    head, ask = chats(tokenizer)
+    ids = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1]), return_tensors="pt")["input_ids"]  # [1, P]
     is_image = ids == model.config.image_token_id
     side = 2 * math.isqrt(features.shape[1])
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))  # [3, 1, P]
+    positions, _ = model.model.get_rope_index(  # [3, 1, P]
+        ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))
 
     def loss_of(step):
         pick = [rng.randrange(len(truths)) for _ in range(batch)]
         rows, labels, verdicts = language_batch(tokenizer, ask, [truths[i] for i in pick], min(6, 1 + 6 * step // 400), rng)
-        prefix = decoder.embed_tokens(ids).expand(batch, -1, -1).masked_scatter(is_image[..., None], features[pick].float())  # [batch, P, WIDTH]
-        cache = decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, batch, -1), past_key_values=DynamicCache(config=model.config.text_config), use_cache=True).past_key_values
+        prefix = decoder.embed_tokens(ids).expand(batch, -1, -1)  # [batch, P, WIDTH]
+        prefix = prefix.masked_scatter(is_image[..., None], features[pick].float())
+        cache = DynamicCache()
+        decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, batch, -1), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(rows) // batch)
-        place = positions.max() + 1 + torch.arange(rows.shape[1]).expand(3, len(rows), -1)
-        hidden = decoder(inputs_embeds=decoder.embed_tokens(rows), position_ids=place, past_key_values=cache, use_cache=True).last_hidden_state  # [rows, T, WIDTH]
+        place = positions.max() + 1 + torch.arange(rows.shape[1]).expand(3, len(rows), -1)  # [3, rows, T]
+        hidden = decoder(inputs_embeds=decoder.embed_tokens(rows), position_ids=place, past_key_values=cache,
+                         use_cache=True).last_hidden_state  # [rows, T, WIDTH]
         asked = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"])))
         told = (labels >= 0) & ~asked
         answer = F.cross_entropy(logits := model.lm_head(hidden[asked]), labels[asked])
@@ -375,7 +397,8 @@ def world(seed, size=64, concepts=12, views=6):
             photos = []
             for place in range(1, views + 1):
                 view, jitter = new_view(rng)
-                photos.append(Photo(f"{category}-{number}/{place}", functools.partial(draw, thing | view, jitter, size), thing | view))
+                truth = thing | view
+                photos.append(Photo(f"{category}-{number}/{place}", functools.partial(draw, truth, jitter, size), truth))
             out.append(Concept(f"{category}-{number}", category, photos))
     return out
 
@@ -403,7 +426,8 @@ def report_card(mllm, photos=2000):
             false[kind].append((photo, ". ".join(sentence(lie, told))))
     accepts = lambda pairs: (mllm.listen(pairs) > .5).float().mean().item()  # noqa: E731
     card = {"well formed": sum(parse(text) is not None for text in texts) / photos, "accepts a true description": accepts(true)}
-    print(f"{photos} fresh photos; answers well formed {card['well formed']:.1%}; true descriptions accepted {card['accepts a true description']:.1%}\n"
+    print(f"{photos} fresh photos; answers well formed {card['well formed']:.1%}; "
+          f"true descriptions accepted {card['accepts a true description']:.1%}\n"
           f"{'':10}{'says it right':>15}{'catches it as the one false claim':>36}")
     for kind in ATTRIBUTES:
         right = [ok for k, ok in said if k == kind]
@@ -426,7 +450,8 @@ def build(folder, pictures, vision_steps, language_steps):
     features = []
     for start in tqdm(range(0, pictures, 64), desc="encoding"):  # frozen from here on: each picture goes through the tower once
         seen = processor(images=list(bank[start:start + 64]), return_tensors="pt")
-        features.append(model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output.unflatten(0, (-1, 16)).half())
+        tokens = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
+        features.append(tokens.unflatten(0, (-1, 16)).half())  # [pictures, 16, WIDTH]
     fit_language(model, tokenizer, torch.cat(features), truths, language_steps)
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)

@@ -57,8 +57,7 @@ def test_the_tokenizer_knows_every_word_and_each_prompt_is_one(toy_mllm):
 def test_questions_make_exactly_the_claims_that_are_labelled():
     tokenizer, rng = toy.new_tokenizer(), random.Random(0)
     truths = [toy.new_thing(rng) | toy.new_view(rng)[0] for _ in range(40)]
-    ask = {who: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True).split("<|vision_end|>")[1]
-           for who, content in toy.ASK.items()}
+    _, ask = toy.chats(tokenizer)
     ids, labels, verdicts = toy.language_batch(tokenizer, ask, truths, 6, rng)
     for row in range(len(ids)):
         truth = truths[row // 4]
