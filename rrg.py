@@ -106,13 +106,16 @@ class MLLM:
         self.model.requires_grad_(False)
         self.decoder, self.config = self.model.model.language_model, self.model.config
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT
-        ends = self.model.generation_config.eos_token_id
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)  # Qwen2-VL has two
+        ends = self.model.generation_config.eos_token_id  # one id, a list, or None; Qwen2-VL-Instruct has two
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        self.ends = torch.tensor(sorted(ends - {None, self.tokenizer.unk_token_id}), device=self.device)
         self.image = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         spell = lambda word: sorted({ids[0] for w in (word, word.title(), word.upper()) for text in (w, " " + w)  # noqa: E731
                                      if len(ids := self.encode(text)) == 1 and ids[0] != self.tokenizer.unk_token_id})
         self.yes, self.no = spell("yes"), spell("no")
+        if not self.yes or not self.no:
+            raise data.DataError(f"{name} has no single token for yes or no, so it cannot be asked")
         self.seen = {}  # photo -> (features [tokens, D], grid [3])
 
     def encode(self, text):

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
 import grpo
@@ -44,6 +44,26 @@ def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
     for row in readable:
         ids = answers.ids[row][mask[row]]
         assert torch.allclose(plain_logps(random_mllm, photos[row // 4], ids), answers.logps[row][mask[row]], atol=1e-5)
+
+
+def test_qwen25_vl_plays_too(tmp_path, photos):
+    """Its other vision tower and positions go through the same code."""
+    torch.manual_seed(0)
+    tokenizer, like = toy.new_tokenizer(), toy.new_model(toy.new_tokenizer()).config
+    marks = {k: getattr(like, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    vision = dict(depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=toy.WIDTH, patch_size=8, spatial_merge_size=2,
+                  window_size=32, fullatt_block_indexes=[1])
+    text = like.text_config.to_dict() | {"model_type": "qwen2_5_vl_text"}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks))
+    model.generation_config.eos_token_id = like.text_config.eos_token_id
+    for part in (model, tokenizer, toy.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=1024, max_pixels=65536)):
+        part.save_pretrained(tmp_path)
+    mllm = rrg.MLLM(str(tmp_path), 65536)
+    assert not any("visual" in name for name in grpo.add_lora(mllm.model, 2, 4))  # its tower has layers of the same names
+    ids = torch.randint(8, 70, (3, 6))
+    scored = mllm.score(photos, ids)
+    for row in range(3):
+        assert torch.allclose(plain_logps(mllm, photos[row], ids[row]), scored[row], atol=1e-5)
 
 
 def test_gradients_through_the_shared_prefix_equal_the_plain_ones(random_mllm, photos):
