@@ -47,6 +47,8 @@ if __name__ == "__main__":
     for name in NAMES:
         parts = [[r["before"] for r in results], [r["after"] for r in results], [r["before"]["unseen"] for r in results], [r["after"]["unseen"] for r in results]]
         print(f"| {name} | " + " | ".join(spread([part[name] for part in column]) for column in parts) + " |")
-    drop = [max(five) - five[-1] for five in (fifths(folder, "oracle") for folder in folders)]
-    print(f"\nseeds {args.seeds}, {results[0]['device']}; training {spread([r['seconds'] for r in results], '{:.0f}')} s; "
-          f"oracle share of sampled answers, best fifth minus last fifth of training: {spread(drop)}, at most {max(drop):.1%}")
+    shares = [fifths(folder, "oracle") for folder in folders]
+    drop = max(max(five) - five[-1] for five in shares)
+    print(f"\nseeds {args.seeds}, {results[0]['device']}; training {spread([r['seconds'] for r in results], '{:.0f}')} s\n"
+          f"oracle share of sampled answers by fifths of training: {', '.join(spread(five) for five in zip(*shares))}; "
+          f"the last fifth lies at most {drop:.1%} below the best of its run")
