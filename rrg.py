@@ -14,8 +14,8 @@ A claim about the background fails on the hard positive, a vague description fit
     python rrg.py --out runs/x --resume                                  # go on with a run that was stopped or killed
 
 Where it departs from the paper and its authors' research code:
-1. Everything is "prefill once, continue many": a picture is encoded once per run, a prompt is read once and its keys and values are
-   shared by all continuations: G samples, their log-probabilities, and every description put to a candidate.
+1. Everything is "prefill once, continue many": a picture is encoded once per run, and each pass (sampling, reference, policy, listener)
+   reads a prompt once and shares its keys and values among all continuations: the G answers, or every description put to a candidate.
 2. The listener is this network with LoRA off, so there is no second model and no server; equal questions are asked once.
 3. The vision tower is frozen (grpo.py, departure 2).
 4. Sampling is plain: temperature 1, no top-k, top-p or penalties, whatever the checkpoint's own defaults say (Qwen2-VL's say top_k 1, which

@@ -321,3 +321,18 @@ def test_playing_teaches(tmp_path):
     result = json.loads((out / "result.json").read_text())
     assert result["after"]["leakage"] < result["before"]["leakage"] - 0.3
     assert result["after"]["identification"] > result["before"]["identification"] + 0.1
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promise(tmp_path):
+    out = tmp_path / "default"
+    done = run("--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    before, after = result["before"], result["after"]
+    assert after["oracle"] >= max(0.8, before["oracle"] + 0.5) and after["coverage"] >= 0.85 and after["parsed"] >= 0.99
+    assert after["leakage"] <= 0.03 and before["leakage"] > 0.5
+    assert after["unseen"]["oracle"] - before["unseen"]["oracle"] >= 0.8 * (after["oracle"] - before["oracle"])
+    oracle = [float(row["oracle"]) for row in rows(out)]
+    fifths = [sum(oracle[i:i + 40]) / 40 for i in range(0, 200, 40)]
+    assert fifths[-1] >= max(fifths) - 0.05
