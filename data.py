@@ -7,16 +7,21 @@ thing itself, a claim about the background or the pose fails on it; because the 
 
 Layouts that `load_concepts` reads, told apart by where the pictures lie:
 
-    <root>/<concept>/*.jpg                            a folder of named things
+    <root>/<concept>/*.jpg                            a folder of named things, MyVLM, RePIC's copies of the benchmarks
     <root>/<category>/<concept>/*.jpg
-    <root>/{train,test}/[<category>/]<concept>/*.jpg  the photos of both parts belong to the same concept
+    <root>/{train,test}/[<category>/]<concept>/*.jpg  Yo'LLaVA, PerVA; the photos of both parts belong to the same concept
     <root>[/dataset]/<concept>/*.jpg with prompts_and_classes.txt    DreamBooth, whose class file gives the categories
+    <root>/<number>/*.jpg with *.npy                  ObjectsWithStateChange, whose array gives each number's category
+
+and beside them, for evaluate.py: RAP's databases of descriptions (`read_database`), Yo'LLaVA's questions (`load_questions`), RAP's list of
+recognition pairs (`load_pairs`), and photos of several named things at once (`load_queries`: RAP's <A>_and_<B>/ folders, RePIC's JSON).
 
 Where it departs from the paper and its authors' research code:
 1. Everything random is seeded by text, never by Python's hash(): the same seed makes the same games on every machine.
 2. Where a category is too small for K - 1 negatives, other categories fill up, and the number of such games is reported.
 3. Concepts are split, not photos: some concepts, and where there are four categories or more some whole categories, are never trained on.
 """
+import json
 import pathlib
 import random
 import re
@@ -26,12 +31,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NOT_CONCEPTS = {"laion", "negative_example"}  # pools of unrelated negatives that some benchmarks ship beside the photos
+WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
 LFS = b"version https://git-lfs"
 
 
@@ -41,10 +53,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of a concept: a name unique in the data set, how to open it, and in the toy world what is true of it, {kind: word}."""
+    """One picture of a concept: a name unique in the data set, how to open it, in the toy world what is true of it, {kind: word}, and
+    the part of the benchmark it belongs to, "train" or "test", where there are such parts."""
     name: str
     open: Callable[[], Image.Image] = field(repr=False, compare=False)
     truth: dict | None = field(default=None, repr=False, compare=False)
+    part: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,33 +101,52 @@ def natural(path):
     return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(path))]
 
 
-def dreambooth_classes(root):
-    """{concept: category} from DreamBooth's class file, or {} where there is none."""
+def fetch(root):
+    """--data as a folder: the folder itself, or the local copy of a hub dataset that is distributed as folders of pictures."""
+    if not pathlib.Path(root).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
+        try:
+            return pathlib.Path(snapshot_download(str(root), repo_type="dataset"))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise DataError(f"{root} is not a folder here, and as a dataset on the hub: {str(error).strip().splitlines()[0]}") from error
+    if not pathlib.Path(root).is_dir():
+        raise DataError(f"{root} is not a folder; --data wants one with a folder of photos for each thing, or the name of a hub dataset")
+    return pathlib.Path(root)
+
+
+def known_categories(root, log):
+    """{concept: category} from DreamBooth's class file or ObjectsWithStateChange's array; {} where there is neither."""
     for file in (root / "prompts_and_classes.txt", root / "dataset" / "prompts_and_classes.txt"):
         if file.is_file():
             rows = [line.strip().split(",") for line in file.read_text().split("Prompts")[0].splitlines()]
             return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
+    for file in sorted(root.glob("*.npy")):
+        try:
+            return {str(number): str(word) for number, word in enumerate(np.load(file, allow_pickle=False))}
+        except ValueError:
+            log(f"{file} holds Python objects, which could run code when read; it is left alone and every category is \"object\"")
     return {}
 
 
-def load_concepts(root, log=print):
-    """Read a folder of photos -> [Concept, ...] sorted by name, each with at least two readable photos.
+def load_concepts(root, log=print, least=2):
+    """Read a folder of photos -> [Concept, ...] sorted by name, each with at least `least` readable photos.
 
     Every photo is opened once, so that a broken one is found now and not in the middle of training. Broken photos and concepts left
-    with fewer than two are skipped, counted and reported through `log`. Raises DataError for a folder without pictures and for
-    Git-LFS pointers.
+    with too few are skipped, counted and reported through `log`. Where one photo is enough (`least` 1), one that lies in the root
+    itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
     """
-    root = pathlib.Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; --data wants one with a folder of photos for each thing")
-    classes, found, broken = dreambooth_classes(root), defaultdict(list), []
+    root = fetch(root)
+    classes, found, broken = known_categories(root, log), defaultdict(list), []
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         parts = path.relative_to(root).parts
         if path.suffix.lower() not in PICTURES or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
             continue
-        folders = [part for part in parts[:-1] if part != "all"]
-        if folders and folders[0].rstrip("_") in ("train", "test") or folders[:1] == ["dataset"] and classes:
+        folders, part = [part for part in parts[:-1] if part != "all"], ""
+        if len(folders) > 1 and folders[0] in WRAPPERS:
             folders = folders[1:]
+        if folders and folders[0].rstrip("_") in ("train", "test"):
+            folders, part = folders[1:], folders[0].rstrip("_")
+        if not folders and least == 1:
+            folders = [path.stem]
         if not folders or len(folders) > 2:
             where = "too deep below" if folders else "beside"
             raise DataError(f"{path} lies {where} the concept folders; expected <concept>/photo or <category>/<concept>/photo")
@@ -125,18 +158,190 @@ def load_concepts(root, log=print):
             broken.append(f"{path.relative_to(root)} ({error})")
             continue
         category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
-        found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path)))
-    lonely = [name for (_, name), photos in found.items() if len(photos) < 2]
+        found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path), part=part))
+    lonely = [name for (_, name), photos in found.items() if len(photos) < least]
     if broken:
         log(f"skipped {len(broken)} photos that cannot be read, such as {broken[0]}")
     if lonely:
         log(f"skipped {len(lonely)} concepts with one photo only, such as {lonely[0]}: the game needs a second view")
     twice = {name for name, count in Counter(name for _, name in found).items() if count > 1}
     concepts = [Concept(f"{category}/{name}" if name in twice else name, category, photos)
-                for (category, name), photos in found.items() if len(photos) > 1]
+                for (category, name), photos in found.items() if len(photos) >= least]
     if not concepts:
-        raise DataError(f"{root} has no concept with two readable photos; put the photos of each thing in a folder of its own")
+        some = "two readable photos" if least == 2 else "a readable photo"
+        raise DataError(f"{root} has no concept with {some}; put the photos of each thing in a folder of its own")
     return sorted(concepts, key=lambda concept: natural(concept.name))
+
+
+# ----------------------------------------------------------------------------- for evaluation: splits, questions, descriptions
+def split_photos(concept, references, seed):
+    """-> (reference photos, test photos). References are drawn from the benchmark's "train" part, tests are all of its "test" part; of
+    a concept without parts, whatever is not drawn is a test. A concept of two photos or more always keeps a test photo."""
+    pool = [photo for photo in concept.photos if photo.part != "test"] or concept.photos
+    tests = [photo for photo in concept.photos if photo.part == "test"] if pool is not concept.photos else []
+    order = random.Random(f"references {seed} {concept.name}").sample(pool, len(pool))
+    most = references if tests else max(1, min(references, len(pool) - 1))
+    return order[:most], tests or order[most:]
+
+
+def find_file(path, *folders):
+    """An old path, perhaps of another machine, as it exists here: as it stands, or its longest end that exists below one of `folders`."""
+    parts = pathlib.PurePosixPath(str(path).replace("\\", "/")).parts
+    tries = [pathlib.Path(path), *(folder / pathlib.Path(*parts[i:]) for i in range(len(parts)) for folder in folders if parts[i] != "/")]
+    return next((file for file in tries if file.is_file()), None)
+
+
+def load_json(file):
+    try:
+        return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+
+
+def beside(root, name):
+    """A benchmark's JSON, which lies in its folder or next to it; None where there is none."""
+    root = fetch(root)
+    places = [folder / name for folder in (root, *(root / wrapper for wrapper in sorted(WRAPPERS)), root.parent)]
+    return next((load_json(file) for file in places if file.is_file()), None)
+
+
+def shelf(concepts):
+    """{(concept name, file name): photo}, by which benchmarks' JSON finds pictures; of two of one name the test photo."""
+    photos = [((concept.name, pathlib.PurePosixPath(photo.name).name), photo) for concept in concepts for photo in concept.photos]
+    return dict(sorted(photos, key=lambda item: item[1].part == "test"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A two-option question about a photo of a concept; `text` has {} where the concept's name goes."""
+    concept: str
+    photo: Photo
+    text: str
+    options: dict
+    answer: str
+
+
+def load_questions(root, concepts, log=print):
+    """Yo'LLaVA's yollava-visual-qa.json in or beside the folder, nested by concept or flat, -> [Question]; [] where there is none."""
+    content = beside(root, "yollava-visual-qa.json") or {}
+    groups = content.values() if isinstance(content, dict) and not any("question" in group for group in content.values()) else [content]
+    rows = [pair for group in groups for pair in (group.items() if isinstance(group, dict) else [(item["image"], item) for item in group])]
+    known, questions = shelf(concepts), []
+    for path, item in rows:
+        *_, folder, name = ("", *pathlib.PurePosixPath(path).parts)
+        options = item.get("options") or item.get("option")
+        if (folder, name) in known and options:
+            text = re.sub(r"<sks>|\bsks\b", "{}", item["question"].replace("{", "(").replace("}", ")"))
+            questions.append(Question(folder, known[folder, name], text, options, item["correct_answer"]))
+    if len(questions) < len(rows):
+        log(f"left out {len(rows) - len(questions)} of {len(rows)} questions: their pictures are not in {root}")
+    return questions
+
+
+def load_pairs(root, concepts):
+    """RAP's recognition_test.json in or beside the folder -> {(photo, concept name): whether the photo shows it}; {} where there is none.
+
+    `correct_answer` decides: 333 rows that are called negative show the concept itself.
+    """
+    known, pairs = shelf(concepts), {}
+    for row in beside(root, "recognition_test.json") or []:
+        place = pathlib.PurePosixPath(row["image"]).parts[-2:]
+        if place in known:
+            pairs[known[place], row["concept"].strip("<>")] = bool(row["correct_answer"])
+    return pairs
+
+
+def load_queries(path):
+    """Photos that show several things, with their names: RePIC's {path: [names]} or {path: [[names], ...]} JSON, or RAP's folders
+    <A>_and_<B>/ -> [(Photo, [names])]. Raises DataError where a picture that the JSON names cannot be found."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        pictures = sorted((file for file in path.rglob("*_and_*/*") if file.suffix.lower() in PICTURES), key=natural)
+        return [(Photo(str(file.relative_to(path)), partial(read_photo, file)), file.parent.name.split("_and_")) for file in pictures]
+    queries = []
+    for image, names in load_json(path).items():
+        if not (file := find_file(image, *[path.parent, *path.parent.parents][:3])):
+            raise DataError(f"{path} names the picture {image}, which is not there")
+        for group in names if names and isinstance(names[0], list) else [names]:
+            queries.append((Photo(image, partial(read_photo, file)), [name.strip("<>") for name in group]))
+    return queries
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is remembered of a concept: its name, category, description, and the photos the description was written from."""
+    name: str
+    category: str
+    text: str
+    photos: list[Photo] = field(repr=False)
+
+
+def prose(info):
+    """The text of a database's `info`, which is a string, a list, or a dictionary of parts (its category is not part of the text)."""
+    if isinstance(info, dict):
+        info = [part for key, part in info.items() if key != "category"]
+    return " ".join(filter(None, map(prose, info))) if isinstance(info, list) else str(info or "").strip()
+
+
+def read_database(path):
+    """A database in RAP's JSON, by file or folder -> [Entry]. Paths of another machine are found by their ends. A concept without
+    `info` has an empty description. Raises DataError for anything else than such a database, and for pictures that are not there."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = next((path / name for name in ("database_mod.json", "database.json") if (path / name).is_file()), path / "database.json")
+    content = load_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("concept_dict"), dict):
+        raise DataError(f"{path} is not a database of descriptions: it has no \"concept_dict\"")
+    entries = []
+    for tag, item in content["concept_dict"].items():
+        images = item["image"] if isinstance(item.get("image"), list) else [item["image"]] if item.get("image") else []
+        images = images or [image for image, owner in content.get("path_to_concept", {}).items() if owner == tag]
+        files = [find_file(image, path.parent, path.parent.parent) for image in images]
+        if None in files:
+            raise DataError(f"{path} names the picture {images[files.index(None)]}, which is not there")
+        category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
+        entries.append(Entry(tag.strip("<>"), category or "object", prose(item.get("info")),
+                             [Photo(str(file), partial(read_photo, file)) for file in files]))
+    return entries
+
+
+def database(entries):
+    """RAP's JSON of a database: {"concept_dict": {tag: ...}, "path_to_concept": {picture: tag}}."""
+    tags = {f"<{entry.name}>": entry for entry in entries}
+    one = lambda names: names[0] if len(names) == 1 else names  # noqa: E731
+    return {"concept_dict": {tag: dict(name=entry.name, image=one([photo.name for photo in entry.photos]), info=entry.text,
+                                       category=entry.category) for tag, entry in tags.items()},
+            "path_to_concept": {photo.name: tag for tag, entry in tags.items() for photo in entry.photos}}
+
+
+class Clip:
+    """A CLIP model as the judge of similarity, with the same two methods as rrg.MLLM, whose own features are the default."""
+
+    def __init__(self, name, device):
+        try:
+            self.model = CLIPModel.from_pretrained(name).to(device).eval()
+            self.processor, self.tokenizer = CLIPImageProcessorPil.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot load the CLIP model {name}: {str(error).splitlines()[0]}") from error
+
+    @torch.no_grad()
+    def embed(self, photos):
+        """{photo name: unit vector [D]}."""
+        out = {}
+        for start in tqdm(range(0, len(photos), 32), desc="CLIP looks at the photos", leave=False):
+            batch = photos[start:start + 32]
+            pixels = self.processor(images=[photo.open() for photo in batch], return_tensors="pt")["pixel_values"]
+            vectors = self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
+            out |= zip([photo.name for photo in batch], F.normalize(vectors, dim=-1).cpu())
+        return out
+
+    @torch.no_grad()
+    def compare(self, photos, texts):
+        """Cosine similarity [P, T] of photos and texts; CLIP reads the first 77 tokens of a text."""
+        rows = self.tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(self.model.device)
+        texts = F.normalize(self.model.get_text_features(**rows).pooler_output, dim=-1).cpu()  # [T, D]
+        images = self.embed(photos)
+        return torch.stack([images[photo.name] for photo in photos]) @ texts.T
 
 
 # ------------------------------------------------------------------------------------------------------------------ games

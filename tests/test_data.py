@@ -1,7 +1,12 @@
 """Folders of photos, broken ones too, become the games that the method asks for."""
+import json
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 import data
 
@@ -24,6 +29,9 @@ def shape(concepts):
     (["train/rex/1.jpg", "test/rex/1.jpg"], {("object", "rex"): ["test/rex/1.jpg", "train/rex/1.jpg"]}),
     (["train_/pets/rex/1.jpg", "test_/pets/rex/1.jpg"], {("pets", "rex"): ["test_/pets/rex/1.jpg", "train_/pets/rex/1.jpg"]}),
     (["train/all/rex/1.jpg", "train/all/rex/2.jpg", "train/all/rex/.x.jpg"], {("object", "rex"): ["train/all/rex/1.jpg", "train/all/rex/2.jpg"]}),
+    (["yollava-data/train/bo/0.png", "yollava-data/test/bo/0.png"], {("object", "bo"): ["yollava-data/test/bo/0.png", "yollava-data/train/bo/0.png"]}),
+    (["train/bag/abc/1.jpg", "test/bag/abc/1.jpg", "train/bag/abc/laion/3.jpg", "train/bag/laion/4.jpg", "negative_example/5.png"],
+     {("bag", "abc"): ["test/bag/abc/1.jpg", "train/bag/abc/1.jpg"]}),
     (["a/x/1.jpg", "a/x/2.jpg", "b/x/1.jpg", "b/x/2.jpg"], {("a", "a/x"): ["a/x/1.jpg", "a/x/2.jpg"], ("b", "b/x"): ["b/x/1.jpg", "b/x/2.jpg"]}),
 ])
 def test_layouts(tmp_path, layout, expected):
@@ -147,3 +155,172 @@ def test_every_pass_shuffles_and_every_step_is_known():
     games = list(range(10))
     first, second = ([game for step in steps for game in data.games_of_step(games, step, 4, 3)] for steps in (range(5), range(5)))
     assert first == second and sorted(first[:10]) == sorted(first[10:20]) == games and first[:10] != first[10:20]
+
+
+# ------------------------------------------------------------------------------------------------------- for evaluation
+def test_photos_know_their_part(tmp_path):
+    concept, = data.load_concepts(make(tmp_path, ["train_/pets/rex/1.jpg", "test_/pets/rex/1.jpg"]))
+    assert [(photo.name.split("/")[0], photo.part) for photo in concept.photos] == [("test_", "test"), ("train_", "train")]
+
+
+def test_objects_with_state_change(tmp_path):
+    make(tmp_path, [f"{number}/{i}.jpg" for number in (0, 1, 10) for i in (1, 2)])
+    np.save(tmp_path / "categories.npy", np.array(["bag", "cup"] + [""] * 8 + ["toy"]))
+    assert [(c.name, c.category) for c in data.load_concepts(tmp_path)] == [("0", "bag"), ("1", "cup"), ("10", "toy")]
+    np.save(tmp_path / "categories.npy", np.array([{"0": "bag"}], dtype=object), allow_pickle=True)
+    said = []
+    assert {c.category for c in data.load_concepts(tmp_path, said.append)} == {"object"} and "could run code" in said[0]
+
+
+def test_myvlm_and_its_captions(tmp_path):
+    """captions.json lies among the photos; 4 references, 5 seeds, the rest are tests."""
+    make(tmp_path, [f"{name}/IMG_{i}.jpg" for name in ("my_cat", "bull") for i in range(9)])
+    (tmp_path / "bull/captions.json").write_text("{}")
+    concepts = data.load_concepts(tmp_path)
+    splits = [data.split_photos(concepts[0], 4, seed) for seed in range(5)]
+    assert all(len(a) == 4 and len(b) == 5 and {*a, *b} == {*concepts[0].photos} for a, b in splits)
+    assert len({tuple(photo.name for photo in a) for a, _ in splits}) == 5
+    assert splits[2] == data.split_photos(concepts[0], 4, 2)
+
+
+@pytest.mark.parametrize("layout, references, expected", [
+    ([f"rex/{i}.jpg" for i in range(4)], 5, (3, 1)),  # DreamBooth has concepts of 4: one photo is left for the test
+    (["rex/1.jpg", "rex/2.jpg"], 1, (1, 1)),
+    ([f"train/rex/{i}.jpg" for i in range(8)] + [f"test/rex/{i}.jpg" for i in range(3)], 5, (5, 3)),  # PerVA
+    ([f"train/rex/{i}.jpg" for i in range(2)] + [f"test/rex/{i}.jpg" for i in range(3)], 5, (2, 3)),  # three of its concepts have fewer
+    ([f"test/rex/{i}.jpg" for i in range(3)], 1, (1, 2)),  # RePIC's copies have tests only
+])
+def test_references_and_tests(tmp_path, layout, references, expected):
+    concept, = data.load_concepts(make(tmp_path, layout))
+    a, b = data.split_photos(concept, references, 0)
+    assert (len(a), len(b)) == expected and not {*a} & {*b}
+    assert "train/rex/0.jpg" not in layout or {photo.part for photo in a} == {"train"} and {photo.part for photo in b} == {"test"}
+
+
+def test_things_of_one_photo_and_loose_photos_when_one_is_enough(tmp_path):
+    make(tmp_path, ["blue mug.jpg", "rex/1.jpg", "rex/2.jpg", "bo/1.png"])
+    assert shape(data.load_concepts(tmp_path, least=1)) == {
+        ("object", "blue mug"): ["blue mug.jpg"], ("object", "bo"): ["bo/1.png"], ("object", "rex"): ["rex/1.jpg", "rex/2.jpg"]}
+
+
+def test_a_hub_dataset_is_fetched(tmp_path, monkeypatch):
+    make(tmp_path / "local", ["dataset/dog/00.jpg", "dataset/dog/01.jpg"])
+    asked = []
+    monkeypatch.setattr(data, "snapshot_download", lambda name, repo_type: (asked.append((name, repo_type)), str(tmp_path / "local"))[1])
+    assert shape(data.load_concepts("google/dreambooth")) == {("object", "dog"): ["dataset/dog/00.jpg", "dataset/dog/01.jpg"]}
+    assert asked == [("google/dreambooth", "dataset")]
+
+    def offline(name, repo_type):
+        raise OSError("no connection\nlong story")
+
+    monkeypatch.setattr(data, "snapshot_download", offline)
+    with pytest.raises(data.DataError, match="google/dreambooth is not a folder here.*no connection$"):
+        data.load_concepts("google/dreambooth")
+
+
+ITEM = {"question": "What is <sks> doing?", "options": {"A": "Sitting", "B": "Running"}, "correct_answer": "B"}
+RAP_ITEM = {"question": "Is sks asks a {real} cat?", "option": {"A": "Yes", "B": "No"}, "correct_answer": "A"}
+
+
+@pytest.mark.parametrize("content", [
+    {"bo": {"./yollava-data/test/bo/1.png": ITEM}, "mam": {"./yollava-data/test/mam/1.png": RAP_ITEM, "./yollava-data/test/mam/9.png": ITEM}},
+    {"./yollava-data/test/bo/1.png": ITEM, "./yollava-data/test/mam/1.png": RAP_ITEM, "./yollava-data/test/mam/9.png": ITEM},
+    [ITEM | {"image": "data/test/bo/1.png"}, RAP_ITEM | {"image": "x/mam/1.png"}, ITEM | {"image": "x/mam/9.png"}]])
+@pytest.mark.parametrize("place", ["", "yollava-data/", "../"])
+def test_yollava_questions(tmp_path, content, place):
+    root = make(tmp_path / "r", [f"yollava-data/{part}/{name}/1.png" for part in ("train", "test") for name in ("bo", "mam")])
+    (root / place / "yollava-visual-qa.json").write_text(json.dumps(content))
+    said = []
+    bo, mam = data.load_questions(root, data.load_concepts(root), said.append)
+    assert (bo.concept, bo.photo.part, bo.text, bo.options, bo.answer) == ("bo", "test", "What is {} doing?", ITEM["options"], "B")
+    assert mam.text.format("<mam>") == "Is <mam> asks a (real) cat?" and mam.options == {"A": "Yes", "B": "No"}
+    assert said == [f"left out 1 of 3 questions: their pictures are not in {root}"]
+
+
+def test_no_questions(tmp_path):
+    assert data.load_questions(tmp_path, []) == [] and data.load_pairs(tmp_path, []) == {}
+    (tmp_path / "yollava-visual-qa.json").write_text("{")
+    with pytest.raises(data.DataError, match="cannot read"):
+        data.load_questions(tmp_path, [])
+
+
+def test_rap_recognition_is_filtered_by_the_correct_answer(tmp_path):
+    root = make(tmp_path, [f"{part}/{name}/4.png" for part in ("train", "test") for name in ("bo", "mam")])
+    row = dict(image="benchmark_data/yollava-data/test/bo/4.png", concept="bo", type="positive", correct_answer=True)
+    rows = [row, row | {"type": "negative"}, row | {"concept": "mam", "type": "negative", "correct_answer": False}, row | {"image": "x/test/no/1.png"}]
+    (root / "recognition_test.json").write_text(json.dumps(rows))
+    pairs = data.load_pairs(root, data.load_concepts(root))
+    assert {(photo.name, name): label for (photo, name), label in pairs.items()} == {("test/bo/4.png", "bo"): True, ("test/bo/4.png", "mam"): False}
+
+
+def test_pictures_of_two_things(tmp_path):
+    make(tmp_path, [f"query-image-2-concepts/Bull_dog_and_Baby_Q/Bull_dog_and_Baby_Q_{i}.jpg" for i in (10, 9)])
+    queries = data.load_queries(tmp_path / "query-image-2-concepts")
+    assert [(photo.name.split("_")[-1], names) for photo, names in queries] == [("9.jpg", ["Bull_dog", "Baby_Q"]), ("10.jpg", ["Bull_dog", "Baby_Q"])]
+    assert queries[0][0].open().size == (12, 8)
+
+
+def test_repic_layout_and_queries(tmp_path):
+    root = make(tmp_path, ["data/myvlm_data/bull/bull_1.jpg", "data/myvlm_data/bull/bull_2.jpg", "data/group photo_1.jpg"])
+    assert shape(data.load_concepts(root / "data/myvlm_data")) == {("object", "bull"): ["bull/bull_1.jpg", "bull/bull_2.jpg"]}
+    (root / "data/query_tot").mkdir()
+    file = root / "data/query_tot/myvlm_query_templates.json"
+    file.write_text(json.dumps({"./data/myvlm_data/bull/bull_1.jpg": ["<bull>"], "data/group photo_1.jpg": [["a", "b c"], ["<d>", "e"]]}))
+    queries = data.load_queries(file)
+    assert [names for _, names in queries] == [["bull"], ["a", "b c"], ["d", "e"]] and queries[2][0].open().size == (12, 8)
+    file.write_text('{"gone.jpg": ["a"]}')
+    with pytest.raises(data.DataError, match="gone.jpg, which is not there"):
+        data.load_queries(file)
+
+
+def test_databases_of_every_shape(tmp_path):
+    make(tmp_path, ["db/bo.png", "db/mam.png", "db/all/rex.png", "db/x y.png"])
+    (tmp_path / "db/database.json").write_text(json.dumps({
+        "concept_dict": {
+            "<bo>": {"name": "bo", "image": "example_database/bo.png", "info": "<bo> is a dog.", "category": "dog"},
+            "<mam>": {"name": "mam", "image": ["/leonardo/scratch/someone/db/mam.png", "bo.png"], "info": ["A cat.", "Grey."]},
+            "rex": {"name": "rex", "image": str(tmp_path / "db/all/rex.png"), "category": "",
+                    "info": {"category": "toy", "general": "A toy", "distinct features": ["one eye", "two tails"]}},
+            "<fancy boot>": {"name": "fancy boot", "info": ""}},
+        "path_to_concept": {"C:\\photos\\x y.png": "<fancy boot>"}}))
+    entries = data.read_database(tmp_path / "db")
+    assert [(e.name, e.category, e.text, [photo.name.rsplit("/", 1)[1] for photo in e.photos]) for e in entries] == [
+        ("bo", "dog", "<bo> is a dog.", ["bo.png"]), ("mam", "object", "A cat. Grey.", ["mam.png", "bo.png"]),
+        ("rex", "toy", "A toy one eye two tails", ["rex.png"]), ("fancy boot", "object", "", ["x y.png"])]
+    assert all(photo.open().size == (12, 8) for e in entries for photo in e.photos)
+    (tmp_path / "again.json").write_text(json.dumps(data.database(entries)))
+    assert [(e.name, e.category, e.text) for e in data.read_database(tmp_path / "again.json")] == [(e.name, e.category, e.text) for e in entries]
+    (tmp_path / "db/database_mod.json").write_text('{"concept_dict": {"<a>": {"image": "gone.png"}}}')  # RePIC's name for the one that counts
+    with pytest.raises(data.DataError, match="gone.png, which is not there"):
+        data.read_database(tmp_path / "db")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"concept_dict": []}', "{"])
+def test_what_is_not_a_database(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(data.DataError, match="x.json"):
+        data.read_database(tmp_path / "x.json")
+
+
+def test_any_clip_measures_similarity(tmp_path):
+    """A CLIP of the real shape with random weights: picture with picture and picture with words."""
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<end>", "a", "red", "mug"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = CLIPModel(CLIPConfig(text_config=size | dict(vocab_size=5, eos_token_id=1, max_position_embeddings=77), projection_dim=8,
+                                 vision_config=size | dict(image_size=8, patch_size=4)))
+    processor = data.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path / "clip")
+    clip = data.Clip(str(tmp_path / "clip"), "cpu")
+    photos = [concept.photos[0] for concept in data.load_concepts(make(tmp_path / "p", ["a/1.jpg", "a/2.jpg"]) and make(tmp_path / "p", ["b/1.jpg", "b/2.jpg"], (200, 0, 0)))]
+    vectors = clip.embed(photos)
+    assert list(vectors) == ["a/1.jpg", "b/1.jpg"] and all(abs(vector.norm() - 1) < 1e-5 for vector in vectors.values())
+    together = clip.compare(photos, ["a red mug", "mug " * 200])
+    assert together.shape == (2, 2) and torch.allclose(together[1, 0], clip.compare(photos[1:], ["a red mug"])[0, 0], atol=1e-5)
+    assert together.abs().max() <= 1 and together[0, 0] != together[1, 0] != together[1, 1]
+    with pytest.raises(data.DataError, match="cannot load the CLIP model"):
+        data.Clip(str(tmp_path / "nothing"), "cpu")
