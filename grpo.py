@@ -167,11 +167,17 @@ def merge_lora(model):
 
     Rounding to a bf16 weight loses most of a small update, so merge at the end, never to sample while training.
     """
-    for name, layer in lora_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
+    for layer in lora_layers(model).values():
         with torch.no_grad():
             delta = (layer.alpha / layer.rank) * layer.lora_B.weight @ layer.lora_A.weight  # [out, in]
             layer.base.weight.copy_(layer.base.weight.float() + delta)
+    return remove_lora(model)
+
+
+def remove_lora(model):
+    """Take every adapter off and forget it: the model that `add_lora` was given."""
+    for name, layer in lora_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
     return model
 

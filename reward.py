@@ -14,6 +14,8 @@ The listener is shown one candidate picture at a time and asked whether the desc
 
 plus a term for the format and a small one for the length, each with its weight and its own curve in the log.
 
+The prompts of the game and of evaluate.py's tasks stand here together: the toy model learns them all, each as a word of its vocabulary.
+
 Where it departs from the paper and its authors' research code:
 1. An answer is parsed strictly: three fields, in order, nothing around them. One that cannot be parsed earns nothing from the listener
    and is never shown to it. (The research code had four fallbacks, so malformed answers were paid.)
@@ -33,7 +35,21 @@ SPEAK = ('Describe the main subject of this photo so that somebody could tell it
          '<thinking> what makes it special </thinking> <coarse> 5 to 6 words that start with "A photo of a" </coarse> '
          '<detailed> one fluent sentence that starts with "The" and names 3 to 4 visible attributes that set it apart </detailed> '
          'Do not mention the background, the location or the state of the subject. If it is a person, leave out clothing and accessories.')
-LISTEN = ("Read this description:\n", "\nDoes every part of it fit the main subject of this photo? Answer yes or no.")  # it goes between the two
+# What is said between the two parts of a prompt stands in the comment behind it.
+LISTEN = ("Read this description:\n", "\nDoes every part of it fit the main subject of this photo? Answer yes or no.")  # a quoted description
+RECOGNITION = (  # a quoted description
+    "Somebody described a thing of theirs:\n",
+    "\nIs the main subject of this photo that very thing? Compare what identifies it, such as colour, shape, pattern and texture, and ignore "
+    "pose, background and light. Answer only with JSON in this form:\n"
+    '{"Reasoning": "a brief comparison", "Answer": "Yes or No"}')
+CAPTIONING = (  # one line a candidate: its letter, its name in angle brackets and its quoted description
+    "Somebody described some things of theirs:\n",
+    "\nOne of them is the main subject of this photo. Compare what identifies it, such as colour, shape, pattern and texture, and ignore pose, "
+    "background and light. Then write a caption of this photo that calls the subject by its name. Answer only with JSON in this form:\n"
+    '{"Reasoning": "a brief comparison", "Answer": "the letter", "Caption": "the caption with the <name>"}')
+VQA = (  # the name and the quoted description; the question; two options
+    "Somebody described the main subject of this photo:\n",
+    '\nLook at the photo and choose the right option. Answer only with JSON in this form:\n{"Answer": "A or B"}')
 
 FIELDS = {"thinking": 0.34, "coarse": 0.33, "detailed": 0.33}  # and what each is worth when it is well formed
 

@@ -121,6 +121,14 @@ class MLLM:
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def check(self, texts):
+        """The toy model knows few words. Raise DataError on the first text with another one: guessing around it would hide a mistake."""
+        unknown = self.tokenizer.unk_token_id
+        for text in texts if unknown is not None else ():
+            if unknown in self.encode(text):
+                raise data.DataError(f"this model does not know every word of {text[-200:]!r}. The toy model knows the toy world only: "
+                                     "for real things give a real --model; after a change of prompts rebuild it with python toy.py")
+
     def each(self, rows, times=1):
         """0 .. rows - 1, each `times` times in a row."""
         return torch.arange(rows, device=self.device).repeat_interleave(times)
@@ -154,12 +162,13 @@ class MLLM:
             full.append(first + "".join(self.image * len(f) + part for (f, _), part in zip(group, rest, strict=True)))
         batch = self.tokenizer(full, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, P]
-        if self.tokenizer.unk_token_id is not None and (ids == self.tokenizer.unk_token_id).any():
-            raise data.DataError("a prompt has words that this model does not know; rebuild the toy model with python toy.py")
+        self.check(set(full))
         is_image = ids == self.config.image_token_id
         embeds = self.decoder.embed_tokens(ids)  # [B, P, D]
-        embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
-        grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
+        grids = None
+        if is_image.any():
+            embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
+            grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
         # Positions are always given: without them transformers silently counts in one dimension or reuses those of the last call.
         positions, _ = self.model.model.get_rope_index(  # [3, B, P]
             ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)
@@ -168,12 +177,16 @@ class MLLM:
                            past_key_values=DynamicCache(), use_cache=True)
         return Prefix(out.past_key_values, mask, positions.amax((0, 2)) + 1, out.last_hidden_state[:, -1])
 
-    def carry_on(self, prefix, ids):
-        """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. The prefix grows by T places."""
-        places = prefix.next[:, None] + torch.arange(ids.shape[1], device=self.device)  # [N, T]
+    def carry_on(self, prefix, ids, mask=None):
+        """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. The prefix grows by T places, of which
+        mask [N, T] says which are real (None: all)."""
+        if mask is not None and prefix.mask is None:
+            prefix.mask = mask.new_ones(len(ids), prefix.cache.get_seq_length())  # [N, P]
+        mask = torch.ones_like(ids) if mask is None else mask
+        places = prefix.next[:, None] + mask.cumsum(1) - 1  # [N, T]
         if prefix.mask is not None:
-            prefix.mask = torch.cat([prefix.mask, torch.ones_like(ids)], 1)
-        prefix.next = prefix.next + ids.shape[1]
+            prefix.mask = torch.cat([prefix.mask, mask], 1)  # [N, P + T]
+        prefix.next = prefix.next + mask.sum(1)
         return self.decoder(inputs_embeds=self.decoder.embed_tokens(ids), attention_mask=prefix.mask, position_ids=places.expand(3, -1, -1),
                             past_key_values=prefix.cache, use_cache=True).last_hidden_state
 
@@ -221,25 +234,48 @@ class MLLM:
         return torch.cat([checkpoint(logps, h, i, use_reentrant=False) for h, i in parts]).view_as(ids)
 
     @torch.no_grad()
+    def ask(self, prompt, pairs):
+        """Put texts to photos, each in the middle of a prompt (before, after). pairs [(photo, text)]; a photo's prefix is read once.
+
+        Yields (some of the distinct pairs, the Prefix of their rows, about to answer), until each pair had its turn.
+        """
+        head, tail = self.chat(None, prompt[0], "\0", prompt[1]).split("\0")
+        self.check([tail])
+        asked = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[1]))  # of like length, so that there is little padding
+        photos = list(dict.fromkeys(photo for photo, _ in pairs))
+        for start in range(0, len(photos), ROWS):
+            part = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
+            prefix = self.prefill([head] * len(part), [[photo] for photo in part])
+            mine = [pair for pair in asked if pair[0] in part]
+            for chunk in (mine[i:i + ROWS] for i in range(0, len(mine), ROWS)):
+                rows = self.tokenizer([text + tail for _, text in chunk], add_special_tokens=False, padding=True, padding_side="left",
+                                      return_tensors="pt").to(self.device)
+                ids, mask = rows["input_ids"], rows["attention_mask"]  # [N, T], [N, T]
+                mine_now = prefix.rows(torch.tensor([part[photo] for photo, _ in chunk], device=self.device))
+                mine_now.last = self.carry_on(mine_now, ids, None if mask.all() else mask)[:, -1]  # [N, D]
+                yield chunk, mine_now
+
     def listen(self, pairs):
-        """How well does each description fit its photo? pairs [(photo, text), ...] -> rho [len(pairs)] on the CPU. LoRA is off here."""
-        head, tail = self.chat(None, reward.LISTEN[0], "\0", reward.LISTEN[1]).split("\0")
-        asked, rho = list(dict.fromkeys(pairs)), {}
-        photos = list(dict.fromkeys(photo for photo, _ in asked))
+        """How well does each description fit its photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. LoRA is off here."""
+        pairs, rho = [(photo, reward.quoted(text, self.markers)) for photo, text in pairs], {}
         with grpo.lora_off(self.model):
-            for start in range(0, len(photos), ROWS):
-                part = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
-                prefix = self.prefill([head] * len(part), [[photo] for photo in part])
-                mine = [pair for pair in asked if pair[0] in part]
-                for chunk in (mine[i:i + ROWS] for i in range(0, len(mine), ROWS)):
-                    rows = self.tokenizer([reward.quoted(text, self.markers) + tail for _, text in chunk], add_special_tokens=False,
-                                          padding=True, padding_side="right", return_tensors="pt").to(self.device)
-                    last = rows["attention_mask"].sum(1) - 1  # [N]; what follows it is padding that it cannot see
-                    index = torch.tensor([part[photo] for photo, _ in chunk], device=self.device)  # [N]
-                    hidden = self.carry_on(prefix.rows(index), rows["input_ids"])  # [N, T, D]
-                    logits = self.model.lm_head(hidden[self.each(len(chunk)), last])  # [N, V]
-                    rho |= zip(chunk, reward.fit(logits, self.yes, self.no).tolist())
+            for chunk, prefix in self.ask(reward.LISTEN, pairs):
+                rho |= zip(chunk, reward.fit(self.model.lm_head(prefix.last), self.yes, self.no).tolist())
         return torch.tensor([rho[pair] for pair in pairs])
+
+    def reply(self, prompt, pairs, most=128, progress=None):
+        """The greedy answers to `prompt`, of at most `most` tokens, for pairs [(photo, text)] -> texts [len(pairs)]."""
+        texts = {}
+        with tqdm(total=len(set(pairs)), desc=progress, leave=False, disable=not progress) as bar:
+            for chunk, prefix in self.ask(prompt, pairs):
+                texts |= zip(chunk, self.sample(prefix, most).texts)
+                bar.update(len(chunk))
+        return [texts[pair] for pair in pairs]
+
+    def compare(self, photos, texts):
+        """Similarity [P, T] of photos and texts: the listener's own belief, which is known to be a good one (VQAScore, ECCV 2024)."""
+        starts = tqdm(range(0, len(photos), 16), desc="comparing photos and words", leave=False)
+        return torch.cat([self.listen([(photo, text) for photo in photos[i:i + 16] for text in texts]) for i in starts]).view(-1, len(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------ the settings
@@ -251,13 +287,15 @@ def flag(default, help, **extra):
 class Config:
     """Every setting of a run; each field is a flag of the command line. The defaults are the paper's, for a real model."""
     model: str = flag(str(toy.FOLDER), "checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
-    data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts); default: toy pictures")
+    data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts), or hub dataset such as google/dreambooth; "
+                         "default: toy pictures")
     out: str = flag("", "run folder; default: runs/DATE-TIME")
     seed: int = flag(0, "seed of splits, games, initial adapters and samples")
     steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
     games: int = flag(16, "games (prompts) a step")
     samples: int = flag(8, "G, descriptions sampled for each target")
     k: int = flag(3, "K, pictures in a pool: one hard positive and K - 1 hard negatives")
+    embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower")
     negatives: str = flag("hard", "which distractors", choices=("hard", "random"))
     positive: str = flag("hard", "which other view of the target's concept: the least or the most similar one", choices=("hard", "easy"))
     reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
@@ -289,7 +327,7 @@ def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in dataclasses.fields(Config):
         note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
-        note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out") else ""
+        note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out", "embedder") else ""
         choices = option.metadata.get("choices")
         parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
                             metavar=None if choices else option.type.__name__.upper(), help=option.metadata["help"] + note)
@@ -424,17 +462,21 @@ def measure(mllm, games, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
+def load_world(mllm, folder, seed):
+    """-> (the concepts in a folder of photos, or of the toy world where there is none; the categories to keep unseen, None: by the rule)."""
+    if folder:
+        return data.load_concepts(folder), None
+    size = 64 if mllm.config.vision_config.patch_size == 8 else 224  # the toy tower's pictures, or 64 image tokens of a real one
+    return toy.world(seed, size), toy.UNSEEN
+
+
 def set_up(config, mllm):
     """Stage 1: concepts, splits and games -> (training games, held-out games of seen categories, of unseen ones)."""
-    if config.data:
-        concepts, unseen = data.load_concepts(config.data), None
-    else:
-        size = 64 if mllm.config.vision_config.patch_size == 8 else 224  # the toy tower's pictures, or 64 image tokens of a real one
-        concepts, unseen = toy.world(config.seed, size), toy.UNSEEN
+    concepts, unseen = load_world(mllm, config.data, config.seed)
     parts = data.split_concepts(concepts, config.seed, unseen)
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
-    embeddings = mllm.embed(photos)
+    embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
     how = dict(negatives=config.negatives, positive=config.positive)
     train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
     held = [data.mine_games(part, embeddings, config.k, config.seed, pool=concepts) for part in parts[1:]]  # measured on hard games, always
@@ -542,6 +584,9 @@ def train(config, resume):
                   seconds=round(seconds, 1), device=machine(mllm.device))
     grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     show(result, [seen[i] for i in showcase(seen)], before["examples"], after["examples"], out)
+    same = [(f"--{name}", str(value)) for name, value in (("model", config.model), ("data", config.data), ("seed", config.seed))
+            if value != getattr(Config, name)]
+    print("What they are worth to an assistant: " + shlex.join(["python", "evaluate.py", *sum(same, ()), "--adapter", str(out / "adapter")]))
     return result
 
 

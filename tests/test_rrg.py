@@ -114,6 +114,23 @@ def test_sampling_follows_the_models_own_distribution(random_mllm, photos):
 
 
 # --------------------------------------------------------------------------------------------------------------- listener
+def test_questions_of_any_length_are_answered_as_if_alone(random_mllm, photos):
+    """Left padding between the shared prefix and the answer changes nothing: the same log-probs as the plain model's."""
+    prompt = reward.LISTEN
+    texts = ["red", "A photo of a red mug with a star badge on grass", "The mug , tilted on sand in dim light ."]
+    pairs = [(photo, text) for photo in photos for text in texts]
+    seen = {}
+    for chunk, prefix in random_mllm.ask(prompt, pairs):
+        assert chunk and prefix.mask is not None  # photos of three sizes and texts of three lengths
+        seen |= zip(chunk, zip(prefix.last, random_mllm.sample(prefix, 6).texts))
+    assert set(seen) == set(pairs)
+    for photo, text in pairs:
+        (chunk, prefix), = random_mllm.ask(prompt, [(photo, text)])
+        last, answer = seen[photo, text]
+        assert prefix.mask is None and torch.allclose(prefix.last[0], last, atol=1e-5) and random_mllm.sample(prefix, 6).texts == [answer]
+    assert random_mllm.reply(prompt, pairs, 6) == [seen[pair][1] for pair in pairs]
+
+
 def test_listening_is_the_same_in_any_company(toy_mllm, photos):
     """rho does not depend on what else is asked at the same time: padding, order, repeats, chunks."""
     pairs = [(photo, text) for photo in photos for text in ("A photo of a red mug. The red mug.", "A photo of a bag. The dotted bag with a star badge, on sand.")]
