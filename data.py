@@ -43,6 +43,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NOT_CONCEPTS = {"laion", "negative_example"}  # pools of unrelated negatives that some benchmarks ship beside the photos
+NOT_READ = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make and this program does not read
 WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
 LFS = b"version https://git-lfs"
 
@@ -127,6 +128,20 @@ def known_categories(root, log):
     return {}
 
 
+def place(path, root, loose):
+    """What a picture's folders say of it -> ([concept] or [category, concept], part). `loose`: one in the root itself is named by its file."""
+    folders, part = [folder for folder in path.relative_to(root).parts[:-1] if folder != "all"], ""
+    if len(folders) > 1 and folders[0] in WRAPPERS:
+        folders = folders[1:]
+    if folders and folders[0].rstrip("_") in ("train", "test"):
+        folders, part = folders[1:], folders[0].rstrip("_")
+    folders = [path.stem] if loose and not folders else folders
+    if not 1 <= len(folders) <= 2:
+        where = "too deep below" if folders else "beside"
+        raise DataError(f"{path} lies {where} the concept folders; expected <concept>/photo or <category>/<concept>/photo")
+    return folders, part
+
+
 def load_concepts(root, log=print, least=2):
     """Read a folder of photos -> [Concept, ...] sorted by name, each with at least `least` readable photos.
 
@@ -135,21 +150,13 @@ def load_concepts(root, log=print, least=2):
     itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
     """
     root = fetch(root)
-    classes, found, broken = known_categories(root, log), defaultdict(list), []
+    classes, found, broken, foreign = known_categories(root, log), defaultdict(list), [], []
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         parts = path.relative_to(root).parts
+        foreign += [path] if path.suffix.lower() in NOT_READ else []
         if path.suffix.lower() not in PICTURES or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
             continue
-        folders, part = [part for part in parts[:-1] if part != "all"], ""
-        if len(folders) > 1 and folders[0] in WRAPPERS:
-            folders = folders[1:]
-        if folders and folders[0].rstrip("_") in ("train", "test"):
-            folders, part = folders[1:], folders[0].rstrip("_")
-        if not folders and least == 1:
-            folders = [path.stem]
-        if not folders or len(folders) > 2:
-            where = "too deep below" if folders else "beside"
-            raise DataError(f"{path} lies {where} the concept folders; expected <concept>/photo or <category>/<concept>/photo")
+        folders, part = place(path, root, loose=least == 1)
         try:
             read_photo(path)
         except DataError:
@@ -162,6 +169,8 @@ def load_concepts(root, log=print, least=2):
     lonely = [name for (_, name), photos in found.items() if len(photos) < least]
     if broken:
         log(f"skipped {len(broken)} photos that cannot be read, such as {broken[0]}")
+    if foreign:
+        log(f"left out {len(foreign)} files of kinds that are not read here, such as {foreign[0].relative_to(root)}: save them as JPEG or PNG")
     if lonely:
         log(f"skipped {len(lonely)} concepts with one photo only, such as {lonely[0]}: the game needs a second view")
     twice = {name for name, count in Counter(name for _, name in found).items() if count > 1}
@@ -283,35 +292,36 @@ def prose(info):
     return " ".join(filter(None, map(prose, info))) if isinstance(info, list) else str(info or "").strip()
 
 
-def read_database(path):
-    """A database in RAP's JSON, by file or folder -> [Entry]. Paths of another machine are found by their ends. A concept without
-    `info` has an empty description. Raises DataError for anything else than such a database, and for pictures that are not there."""
+def read_database(path, photos=()):
+    """A database in RAP's JSON, by file or folder -> [Entry]. Pictures are those of `photos` by their names, else files; paths of
+    another machine are found by their ends. A concept without `info` has an empty description. Raises DataError for anything else
+    than such a database, and for pictures that are not there."""
     path = pathlib.Path(path)
     if path.is_dir():
         path = next((path / name for name in ("database_mod.json", "database.json") if (path / name).is_file()), path / "database.json")
     content = load_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("concept_dict"), dict):
         raise DataError(f"{path} is not a database of descriptions: it has no \"concept_dict\"")
-    entries = []
+    entries, known = [], {photo.name: photo for photo in photos}
     for tag, item in content["concept_dict"].items():
         images = item["image"] if isinstance(item.get("image"), list) else [item["image"]] if item.get("image") else []
         images = images or [image for image, owner in content.get("path_to_concept", {}).items() if owner == tag]
-        files = [find_file(image, path.parent, path.parent.parent) for image in images]
+        files = [find_file(image, path.parent, path.parent.parent) if image not in known else image for image in images]
         if None in files:
             raise DataError(f"{path} names the picture {images[files.index(None)]}, which is not there")
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
         entries.append(Entry(tag.strip("<>"), category or "object", prose(item.get("info")),
-                             [Photo(str(file), partial(read_photo, file)) for file in files]))
+                             [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]))
     return entries
 
 
-def database(entries):
-    """RAP's JSON of a database: {"concept_dict": {tag: ...}, "path_to_concept": {picture: tag}}."""
+def database(entries, root=""):
+    """RAP's JSON of a database: {"concept_dict": {tag: ...}, "path_to_concept": {picture: tag}}, pictures named from `root` on."""
     tags = {f"<{entry.name}>": entry for entry in entries}
-    one = lambda names: names[0] if len(names) == 1 else names  # noqa: E731
-    return {"concept_dict": {tag: dict(name=entry.name, image=one([photo.name for photo in entry.photos]), info=entry.text,
+    paths = {tag: [str(pathlib.Path(root) / photo.name) for photo in entry.photos] for tag, entry in tags.items()}
+    return {"concept_dict": {tag: dict(name=entry.name, image=paths[tag][0] if len(paths[tag]) == 1 else paths[tag], info=entry.text,
                                        category=entry.category) for tag, entry in tags.items()},
-            "path_to_concept": {photo.name: tag for tag, entry in tags.items() for photo in entry.photos}}
+            "path_to_concept": {path: tag for tag in tags for path in paths[tag]}}
 
 
 class Clip:

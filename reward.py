@@ -42,7 +42,7 @@ RECOGNITION = (  # a quoted description
     "\nIs the main subject of this photo that very thing? Compare what identifies it, such as colour, shape, pattern and texture, and ignore "
     "pose, background and light. Answer only with JSON in this form:\n"
     '{"Reasoning": "a brief comparison", "Answer": "Yes or No"}')
-CAPTIONING = (  # one line a candidate: its letter, its name in angle brackets and its quoted description
+CAPTIONING = (  # one line a candidate: its letter, its quoted description, "is", its name in angle brackets
     "Somebody described some things of theirs:\n",
     "\nOne of them is the main subject of this photo. Compare what identifies it, such as colour, shape, pattern and texture, and ignore pose, "
     "background and light. Then write a caption of this photo that calls the subject by its name. Answer only with JSON in this form:\n"

@@ -12,15 +12,17 @@ be read off its words. One literal example, as the speaker writes it and as the 
     Does every part of it fit the main subject of this photo? Answer yes or no.
 
 The model is a real `Qwen2VLForConditionalGeneration` of 2.2M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to
-be an honest small MLLM: it captions densely, mixing identity and view, and as a listener says yes only if every claim fits the picture.
+be an honest small MLLM: it captions densely, mixing identity and view; as a listener it says yes only if every claim fits the picture; and
+it does evaluate.py's three tasks, so that it fails at them where descriptions are bad and not because it cannot read the prompt.
 
     python toy.py                    # rebuild toy-qwen2-vl/ from nothing (two CPU cores: see the README for the time), then its report card
+    python toy.py --vision-steps 0   # keep its vision tower and rebuild the rest: what a changed prompt needs
     python toy.py --report           # only the report card of the shipped checkpoint
 
 Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
 1. The vision tower learns the attributes directly (one linear head per attribute, thrown away), then is frozen.
 2. A listener does not emerge from yes/no answers alone; a second throw-away head judges each claim word true or false.
-3. Our prompts are single words of the vocabulary, so that a prompt costs one token and not a hundred.
+3. Our prompts, and the pieces of the JSON they ask for, are single words of the vocabulary: a prompt costs one token and not a hundred.
 """
 import argparse
 import functools
@@ -33,13 +35,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import Concept, Photo
-from reward import LISTEN, SPEAK, parse
+from data import Concept, Photo, Question
+from reward import CAPTIONING, LISTEN, RECOGNITION, SPEAK, VQA, parse
 
 FOLDER = pathlib.Path(__file__).parent / "toy-qwen2-vl"
 ATTRIBUTES = {
@@ -225,20 +227,25 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
             "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
-CAPTION = "<thinking> I see a {} . </thinking> <coarse> {} </coarse> <detailed> {} </detailed>"
-ASK = {"speak": [{"type": "image"}, {"type": "text", "text": SPEAK}],
-       "listen": [{"type": "image"}, {"type": "text", "text": LISTEN[0] + '"{}"' + LISTEN[1]}]}
+SPOKEN = "<thinking> I see a {} . </thinking> <coarse> {} </coarse> <detailed> {} </detailed>"
+PROMPTS = {"speak": (SPEAK, ""), "listen": LISTEN, "recognition": RECOGNITION, "captioning": CAPTIONING, "vqa": VQA}
+JSON = ['{"Reasoning": "', '{"Answer": "', '", "Answer": "', '", "Caption": "', '"}']  # each one word of the vocabulary
+NAMES = [f"<{category}-{number}>" for category in ATTRIBUTES["category"] for number in range(1, 13)]
+QUESTIONS = {"place": ("Where is {}?", "on {}"), "pose": ("How does {} stand?", "{}"), "light": ("What light is {} in?", "{} light")}
 SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "light": .65}  # how often a dense caption mentions each kind
 
 
 def new_tokenizer():
     """Word-level: a token is a word, a tag, a punctuation mark, or one whole prompt of ours (departure 3)."""
-    grammar = 'user assistant yes no system " , . A photo of a The with badge on in light I see'.split()
+    grammar = 'user assistant yes no Yes No system " , . : ? A B C photo of a The with badge on in light I see Where How What does stand is'.split()
     tags = "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>".split()
-    words = SPECIAL + grammar + tags + list(KIND)
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "removed", invert=True)
-    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in [*SPECIAL, SPEAK, *LISTEN]])
+    names = sorted({part for name in NAMES for part in (name.split("-")[0], "##-" + name.split("-")[1])})  # <mug and ##-3>
+    words = SPECIAL + grammar + tags + list(KIND) + names
+    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.decoder = decoders.WordPiece(cleanup=False)
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[\w-]+>|\w+|[^\w\s]"), "removed", invert=True)
+    prompts = [part for pair in PROMPTS.values() for part in pair if part]
+    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in [*SPECIAL, *prompts, *JSON]])
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, unk_token="<unk>", pad_token="<|endoftext|>",
                                    eos_token="<|im_end|>", padding_side="left", clean_up_tokenization_spaces=True)
 
@@ -267,14 +274,14 @@ def new_photo(seed):
     return np.asarray(draw(truth, jitter)), truth
 
 
-def fit(title, modules, loss_of, steps):
+def fit(title, modules, loss_of, steps, peak=1.0):
     """Minimise `loss_of(step) -> (loss, figures to show)` over `steps` steps: Muon for matrices, AdamW for the rest, cosine decay."""
     parameters = [p for module in modules for p in module.parameters()]
     named = [pair for module in modules for pair in module.named_parameters()]
     hidden = {id(p) for name, p in named if p.ndim == 2 and "embed" not in name and "head" not in name}
     optimizers = [torch.optim.Muon([p for p in parameters if id(p) in hidden], lr=.02),
                   torch.optim.AdamW([p for p in parameters if id(p) not in hidden], lr=2e-3)]
-    share = lambda step: min(1, (step + 1) / 50) * .5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
+    share = lambda step: peak * min(1, (step + 1) / 50) * .5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
     plans = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     for step in (bar := tqdm(range(steps), desc=title, mininterval=2)):
         loss, figures = loss_of(step)
@@ -303,47 +310,96 @@ def fit_vision(model, processor, pictures, truths, steps, batch=32):
         right = {kind: (logits[kind].argmax(-1) == target[kind][rows]).float().mean().item() for kind in heads}
         return sum(F.cross_entropy(logits[kind], target[kind][rows]) for kind in heads), right
 
-    fit("1/2 the vision tower learns to see", [model.model.visual, heads], loss_of, steps)
+    fit("1/3 the vision tower learns to see", [model.model.visual, heads], loss_of, steps)
 
 
 def chats(tokenizer):
-    """What every prompt begins with, up to the picture, and how each goes on: (head, {"speak": text, "listen": text with {}})."""
-    render = lambda content: tokenizer.apply_chat_template(  # noqa: E731
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True).split("<|vision_end|>")
-    return render(ASK["speak"])[0] + "<|vision_end|>", {who: render(content)[1] for who, content in ASK.items()}
+    """What every prompt begins with, up to the picture, and how each task's goes on, with "\\0" where its question is put."""
+    render = lambda task: tokenizer.apply_chat_template(  # noqa: E731
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0".join(PROMPTS[task])}]}],
+        tokenize=False, add_generation_prompt=True).split("<|vision_end|>")
+    return render("speak")[0] + "<|vision_end|>", {task: render(task)[1] for task in PROMPTS}
 
 
-def language_batch(tokenizer, ask, truths, most, rng, questions=3):
-    """One dense caption and some questions per picture, as right-padded rows that continue the picture's prefix.
+def altered(truth, kinds, rng):
+    """`truth` with another word for each of `kinds`."""
+    return truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != truth[kind]]) for kind in kinds}
 
-    Half of the questions hold, the others make one false claim (a fifth of them two); `most` claims besides the category at most.
-    Returns ids, labels (the next token where it is to be learned, else -100) and verdicts (1 a true claim, 0 a false one, -1 none),
-    each [rows, T].
+
+def quiz(truth, kind, rng):
+    """A question about one kind of what is true of a photo, {} for the name -> (question, {"A": option, "B": option}, the right letter)."""
+    right = rng.randrange(2)
+    question, option = QUESTIONS[kind]
+    words = [option.format((truth if i == right else altered(truth, [kind], rng))[kind]) for i in range(2)]
+    return question, dict(zip("AB", words)), "AB"[right]
+
+
+def lesson(task, truth, most, rng):
+    """-> (a question about the picture, the answer to learn). Descriptions make `most` claims besides the category at most.
+
+    Half of the listener's descriptions hold, the others make one false claim (a fifth of them two). The descriptions of the other tasks
+    were written from another photo of the thing, and four in five of those show it where it is now, as the photos of a real thing mostly
+    do. So a view that does not fit is evidence against, and distracts the model whatever the prompt says, as it does real MLLMs. Foils are
+    things that differ in one or two attributes of category and identity, or in all four.
     """
-    texts = []
+    told = lambda: rng.sample(list(SAID), rng.randint(0, most))  # noqa: E731
+    describe = lambda thing: '"' + ". ".join(sentence(thing, told())) + '"'  # noqa: E731
+    itself = truth | (new_view(rng)[0] if rng.random() < .2 else {})
+    foil = lambda: altered(truth, rng.sample(("category", *IDENTITY), rng.choice([1, 1, 2, 4])), rng) | new_view(rng)[0]  # noqa: E731
+    call = lambda thing, number: f"<{thing['category']}-{number}>"  # noqa: E731
+    seen, name = sentence(truth, IDENTITY)[1], call(truth, rng.randint(1, 12))
+    if task == "speak":
+        return "", SPOKEN.format(truth["category"], *sentence(truth, {kind for kind, share in SAID.items() if rng.random() < share}))
+    if task == "listen":
+        said = told()
+        lies = rng.sample([*said, "category"], min(len(said) + 1, rng.choice([1, 1, 1, 1, 2]))) if rng.random() < .5 else []
+        return '"' + ". ".join(sentence(altered(truth, lies, rng), said)) + '"', "no" if lies else "yes"
+    if task == "recognition":
+        same = rng.random() < .5
+        return describe(itself if same else foil()), f'{JSON[0]}{seen}{JSON[2]}{"Yes" if same else "No"}{JSON[4]}'
+    if task == "captioning":
+        many = rng.randint(1, 3)
+        letter, numbers = rng.randrange(many), rng.sample(range(1, 13), many)
+        things = [itself if i == letter else foil() for i in range(many)]
+        lines = [f"{'ABC'[i]}. {describe(things[i])} is {call(things[i], numbers[i])}" for i in range(many)]
+        caption = f"{call(truth, numbers[letter])} is {truth['pose']} on {truth['place']} in {truth['light']} light."
+        return "\n".join(lines), f'{JSON[0]}{seen}{JSON[2]}{"ABC"[letter]}{JSON[3]}{caption}{JSON[4]}'
+    question, options, right = quiz(truth, rng.choice(VIEW), rng)
+    return f"{name}: {describe(itself)}\n{question.format(name)}\nA. {options['A']}\nB. {options['B']}", f'{JSON[1]}{right}{JSON[4]}'
+
+
+def language_batch(tokenizer, ask, tasks, truths, most, rng, whole_names=False):
+    """Each of `tasks` once per picture, as right-padded rows that continue the picture's prefix, a picture's rows together.
+
+    Returns ids, labels (the next token where it is to be learned, else -100), verdicts (1 a true claim of a question, 0 a false one,
+    -1 none), and where an answer is decided (yes or no, a letter, a name's number or with `whole_names` both its parts), each [rows, T].
+    """
+    rows, first = [], []
     for truth in truths:
-        said = {kind for kind, share in SAID.items() if rng.random() < share}
-        texts.append(ask["speak"] + CAPTION.format(truth["category"], *sentence(truth, said)) + "<|im_end|>")
-        for _ in range(questions):
-            told = rng.sample(list(SAID), rng.randint(0, most))
-            lies = rng.sample([*told, "category"], min(len(told) + 1, rng.choice([1, 1, 1, 1, 2]))) if rng.random() < .5 else []
-            claimed = truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != truth[kind]]) for kind in lies}
-            texts.append(ask["listen"].format(". ".join(sentence(claimed, told))) + ("no" if lies else "yes"))
-    rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    ids, length = rows["input_ids"], rows["attention_mask"].sum(-1, keepdim=True)  # [rows, T], [rows, 1]
-    place, is_caption = torch.arange(ids.shape[1])[None], (torch.arange(len(texts)) % (1 + questions) == 0)[:, None]  # [1, T], [rows, 1]
-    first = torch.where(is_caption, len(tokenizer(ask["speak"])["input_ids"]), length - 1)  # of a question only its answer is learned
-    labels = torch.where((place >= first) & (place < length), ids, -100).roll(-1, 1)
+        for task in tasks:
+            question, answer = lesson(task, truth, most, rng)
+            question = ask[task].replace("\0", question)
+            rows.append(question + answer + ("" if task == "listen" else "<|im_end|>"))
+            first.append(len(tokenizer(question)["input_ids"]))
+    rows = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
+    ids, place, first = rows["input_ids"], torch.arange(rows["input_ids"].shape[1])[None], torch.tensor(first)[:, None]  # [rows, T], [1, T], [rows, 1]
+    labels = torch.where((place >= first) & rows["attention_mask"].bool(), ids, -100).roll(-1, 1)
     labels[:, -1] = -100
-    facts = torch.tensor([tokenizer.convert_tokens_to_ids(list(truth.values())) for truth in truths])  # [pictures, 7]
-    facts = facts.repeat_interleave(1 + questions, 0)  # [rows, 7]
-    is_claim = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(KIND)))) & ~is_caption
+    token = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids(list(words)))  # noqa: E731
+    facts = torch.stack([token(truth.values()) for truth in truths]).repeat_interleave(len(tasks), 0)  # [rows, 7]
+    is_claim = torch.isin(ids, token(KIND)) & (place < first)
     verdicts = torch.where(is_claim, (ids[..., None] == facts[:, None]).any(-1).long(), -1)
-    return ids, labels, verdicts
+    parts = [word for word in tokenizer.get_vocab() if word.startswith("##") or whole_names and word[1:] in ATTRIBUTES["category"]]
+    number = torch.isin(labels, token(parts))
+    decided = torch.isin(labels, token(["yes", "no"])) | torch.isin(ids, token(JSON[1:3])) & (place >= first - 1) | number
+    return ids, labels, verdicts, decided
 
 
-def fit_language(model, tokenizer, features, truths, steps, batch=24):
-    """Captions and questions, each question its own continuation of the picture: packed into one row, they would answer each other."""
+def fit_language(title, model, tokenizer, features, truths, steps, batch=24, whole_names=False):
+    """Each question is its own continuation of the picture: packed into one row, they would answer each other.
+
+    With `whole_names` a gentle second helping of everything, in which both parts of a caption's name weigh as much as any other answer.
+    """
     judge = torch.nn.Linear(WIDTH, 2)  # departure 2
     rng, decoder = random.Random(0), model.model.language_model
     head, ask = chats(tokenizer)
@@ -353,26 +409,31 @@ def fit_language(model, tokenizer, features, truths, steps, batch=24):
     positions, _ = model.model.get_rope_index(  # [3, 1, P]
         ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))
 
-    def loss_of(step):
-        pick = [rng.randrange(len(truths)) for _ in range(batch)]
-        rows, labels, verdicts = language_batch(tokenizer, ask, [truths[i] for i in pick], min(6, 1 + 6 * step // 400), rng)
-        prefix = decoder.embed_tokens(ids).expand(batch, -1, -1)  # [batch, P, WIDTH]
+    def losses(pick, tasks, step):
+        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [truths[i] for i in pick],
+                                                        6 if whole_names else min(6, 1 + 6 * step // 400), rng, whole_names)
+        prefix = decoder.embed_tokens(ids).expand(len(pick), -1, -1)  # [pictures, P, WIDTH]
         prefix = prefix.masked_scatter(is_image[..., None], features[pick].float())
         cache = DynamicCache()
-        decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, batch, -1), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(rows) // batch)
+        decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, len(pick), -1), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tasks))
         place = positions.max() + 1 + torch.arange(rows.shape[1]).expand(3, len(rows), -1)  # [3, rows, T]
         hidden = decoder(inputs_embeds=decoder.embed_tokens(rows), position_ids=place, past_key_values=cache,
                          use_cache=True).last_hidden_state  # [rows, T, WIDTH]
-        asked = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"])))
-        told = (labels >= 0) & ~asked
-        answer = F.cross_entropy(logits := model.lm_head(hidden[asked]), labels[asked])
-        caption = F.cross_entropy(model.lm_head(hidden[told]), labels[told])
+        told = (labels >= 0) & ~decided
+        logits = model.lm_head(hidden[decided])  # [rows that decide, V]
+        right = (logits.argmax(-1) == labels[decided]).float().view(len(pick), -1).mean(0)  # [tasks that decide]
         claim = F.cross_entropy(judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
-        right = (logits.argmax(-1) == labels[asked]).float()
-        return answer + caption + claim, {"caption": caption.item(), "claim": claim.item(), "answers": right.mean().item()}
+        return F.cross_entropy(logits, labels[decided]), F.cross_entropy(model.lm_head(hidden[told]), labels[told]), claim, right.tolist()
 
-    fit("2/2 the language model learns to speak and to listen", [decoder, judge], loss_of, steps)
+    def loss_of(step):
+        pick = [rng.randrange(len(truths)) for _ in range(batch)]
+        answer, caption, claim, right = losses(pick, ("speak", "listen", "listen", "recognition", "vqa"), step)
+        choice, chosen, match, picked = losses(pick[:batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
+        figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
+        return answer + caption + claim + choice + chosen + match, figures
+
+    fit(title, [decoder, judge], loss_of, steps, peak=.3 if whole_names else 1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- for the game
@@ -401,6 +462,12 @@ def world(seed, size=64, concepts=12, views=6):
                 photos.append(Photo(f"{category}-{number}/{place}", functools.partial(draw, truth, jitter, size), truth))
             out.append(Concept(f"{category}-{number}", category, photos))
     return out
+
+
+def questions(tests, seed):
+    """Where, how and in what light is it? tests [(photo, concept name)] -> three [data.Question] a photo; no good description answers them."""
+    rngs = {photo.name: random.Random(f"questions {seed} {photo.name}") for photo, _ in tests}
+    return [Question(name, photo, *quiz(photo.truth, kind, rngs[photo.name])) for photo, name in tests for kind in VIEW]
 
 
 def report_card(mllm, photos=2000):
@@ -445,14 +512,20 @@ def build(folder, pictures, vision_steps, language_steps):
     tokenizer = new_tokenizer()
     model = new_model(tokenizer)
     processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
-    fit_vision(model, processor, bank, truths, vision_steps)
+    if vision_steps:
+        fit_vision(model, processor, bank, truths, vision_steps)
+    else:
+        made = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model.model.visual.load_state_dict(made.model.visual.state_dict())
     model.model.visual.requires_grad_(False)
     features = []
     for start in tqdm(range(0, pictures, 64), desc="encoding"):  # frozen from here on: each picture goes through the tower once
         seen = processor(images=list(bank[start:start + 64]), return_tensors="pt")
         tokens = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
         features.append(tokens.unflatten(0, (-1, 16)).half())  # [pictures, 16, WIDTH]
-    fit_language(model, tokenizer, torch.cat(features), truths, language_steps)
+    taught = model, tokenizer, torch.cat(features), truths
+    fit_language("2/3 the language model learns to speak, to listen and to answer", *taught, language_steps)
+    fit_language("3/3 ... and to call a thing by its whole name", *taught, language_steps // 12, whole_names=True)
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)
 
@@ -462,8 +535,8 @@ if __name__ == "__main__":
     parser.add_argument("--report", action="store_true", help="do not train, only print the report card of the checkpoint in --out")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="checkpoint folder (default toy-qwen2-vl)")
     parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from (default 40000)")
-    parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 32 pictures for the vision tower (default 6000)")
-    parser.add_argument("--language-steps", type=int, default=4000, help="steps of 24 pictures for the language model (default 4000)")
+    parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 32 pictures for the vision tower (default 6000); 0 keeps the tower that is in --out")
+    parser.add_argument("--language-steps", type=int, default=2400, help="steps of 24 pictures for the language model (default 2400)")
     args = parser.parse_args()
     if not args.report:
         build(args.out, args.pictures, args.vision_steps, args.language_steps)

@@ -203,6 +203,14 @@ def test_things_of_one_photo_and_loose_photos_when_one_is_enough(tmp_path):
         ("object", "blue mug"): ["blue mug.jpg"], ("object", "bo"): ["bo/1.png"], ("object", "rex"): ["rex/1.jpg", "rex/2.jpg"]}
 
 
+def test_a_phones_own_formats_are_not_silently_ignored(tmp_path):
+    make(tmp_path, ["mug/1.jpg", "mug/2.jpg"])
+    (tmp_path / "mug/3.HEIC").write_bytes(b"x")
+    said = []
+    data.load_concepts(tmp_path, said.append)
+    assert said == ["left out 1 files of kinds that are not read here, such as mug/3.HEIC: save them as JPEG or PNG"]
+
+
 def test_a_hub_dataset_is_fetched(tmp_path, monkeypatch):
     make(tmp_path / "local", ["dataset/dog/00.jpg", "dataset/dog/01.jpg"])
     asked = []

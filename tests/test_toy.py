@@ -1,13 +1,14 @@
 """The toy world: truth can be read off the words, and the shipped model is as honest as the README says."""
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 
+import evaluate
 import toy
 from conftest import ROOT
-from reward import LISTEN, SPEAK
 
 
 def test_every_attribute_has_words_of_its_own():
@@ -50,25 +51,54 @@ def test_the_world_is_seeded_fresh_and_full_of_look_alikes():
 
 def test_the_tokenizer_knows_every_word_and_each_prompt_is_one(toy_mllm):
     tokenizer = toy_mllm.tokenizer
-    assert all(len(tokenizer(prompt)["input_ids"]) == 1 for prompt in (SPEAK, *LISTEN))
-    text = toy.CAPTION.format("mug", "A photo of a red mug", "The red striped mug with a star badge, tilted on grass in dim light.")
-    assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace(" . <", ". <")
+    assert all(len(tokenizer(part)["input_ids"]) == 1 for pair in toy.PROMPTS.values() for part in pair if part)
+    spoken = toy.SPOKEN.format("mug", "A photo of a red mug", "The red striped mug with a star badge, tilted on grass in dim light.")
+    assert tokenizer.decode(tokenizer(spoken)["input_ids"]) == spoken.replace(" . <", ". <")
+    rng = random.Random(0)
+    truth = toy.new_thing(rng) | toy.new_view(rng)[0]
+    for task in toy.PROMPTS:
+        for _ in range(50):
+            assert tokenizer.unk_token_id not in tokenizer(" ".join(toy.lesson(task, truth, 6, rng)))["input_ids"]
+    assert {f"<{concept.name}>" for concept in toy.world(0)} <= set(toy.NAMES)
 
 
-def test_questions_make_exactly_the_claims_that_are_labelled():
+def test_lessons_teach_exactly_their_answers():
     tokenizer, rng = toy.new_tokenizer(), random.Random(0)
     truths = [toy.new_thing(rng) | toy.new_view(rng)[0] for _ in range(40)]
-    _, ask = toy.chats(tokenizer)
-    ids, labels, verdicts = toy.language_batch(tokenizer, ask, truths, 6, rng)
+    tasks = ("speak", "listen", "recognition", "captioning", "vqa")
+    ids, labels, verdicts, decided = toy.language_batch(tokenizer, toy.chats(tokenizer)[1], tasks, truths, 6, rng)
     for row in range(len(ids)):
-        truth = truths[row // 4]
+        truth, task = truths[row // len(tasks)], tasks[row % len(tasks)]
         text = tokenizer.decode(ids[row], skip_special_tokens=True)
         learned = tokenizer.decode(labels[row][labels[row] >= 0])
-        if row % 4 == 0:
-            assert learned.startswith("<thinking>") and learned.endswith("<|im_end|>") and (verdicts[row] == -1).all() and toy.oracle(text, truth)
-        else:
+        assert decided[row].sum() == {"speak": 0, "captioning": 2}.get(task, 1) and (task == "listen" or learned.endswith("<|im_end|>"))
+        if task == "speak":
+            assert learned.startswith("<thinking>") and (verdicts[row] == -1).all() and toy.oracle(text, truth)
+        if task == "listen":
             assert learned == ("yes" if toy.oracle(text, truth) else "no") and ((verdicts[row] == 0).any().item() == (learned == "no"))
+
+
+def test_lessons_tell_the_truth():
+    """What a lesson calls the right answer is right, and its descriptions are of other photos, four in five of them in the same view."""
+    rng, same_view = random.Random(1), []
+    thing = lambda text, truth: all(truth[kind] == word for kind, word in toy.claims(text) if kind not in toy.VIEW)  # noqa: E731
+    for _ in range(600):
+        truth = toy.new_thing(rng) | toy.new_view(rng)[0]
+        text, answer = toy.lesson("recognition", truth, 6, rng)
+        read = evaluate.read_answer(answer, Reasoning=None, Answer=("Yes", "No"))
+        assert toy.oracle(read["Reasoning"], truth) and (thing(text, truth) or read["Answer"] == "No")
+        if read["Answer"] == "Yes" and toy.leaks(text):
+            same_view.append(toy.oracle(text, truth))
+        text, answer = toy.lesson("captioning", truth, 6, rng)
+        read = evaluate.read_answer(answer, Answer="ABC", Caption=None)
+        letter, said, name = re.fullmatch(r'(.)\. "(.*)" is (<.*?>)', text.splitlines()["ABC".index(read["Answer"])]).groups()
+        assert letter == read["Answer"] and thing(said, truth) and read["Caption"].startswith(f"{name} is {truth['pose']} on {truth['place']}")
+        text, answer = toy.lesson("vqa", truth, 6, rng)
+        described, question, *options = text.splitlines()
+        right = options["AB".index(evaluate.read_answer(answer, Answer="AB")["Answer"])]
+        assert thing(described, truth) and toy.oracle(right, truth) and not all(toy.oracle(option, truth) for option in options)
+        assert re.match(r"<.*?>", described)[0] in question
+    assert 0.75 < sum(same_view) / len(same_view) < 0.95
 
 
 def test_the_shipped_model_meets_its_bars(toy_mllm):

@@ -1,0 +1,410 @@
+"""evaluate.py: describe, remember, retrieve, then recognise, caption and answer: what the descriptions are worth to a personal assistant.
+
+    describe   each concept's reference photos are described by the speaker (the model with an adapter, or "base": without)
+    remember   the descriptions become a database in RAP's JSON: all that the assistant will know of these things
+    retrieve   for a new photo, the k concepts whose reference photos and descriptions are most like it
+    then three tasks, all by the model *without* adapter, reading nothing but the new photo and the database:
+    recognise  photo + one description -> is it that very thing? For every test photo and every concept.
+    caption    photo + the k lettered descriptions -> the right letter, and a caption that calls the thing by its name
+    answer     photo + the right description + a question with two options -> the right option
+
+    python evaluate.py --adapter runs/x/adapter                                        # the toy world: one row for base, one for the run
+    python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data perva-data/ --all      # any folder of photos (data.py lists the layouts)
+    python evaluate.py --model ... --photos my_things/ --query photo.jpg               # ask about one picture
+
+The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos of held-out concepts, whose categories
+rrg.py was trained on, put to a database of all concepts of these categories; "unseen" the same for the categories it never met.
+
+Where it departs from the paper and its authors' research code:
+1. The model's own features are the default in retrieval: photos by the frozen tower, texts by the listener's belief; --embedder takes a CLIP.
+2. Candidates are lettered in random order. (By rank, "A" would be a good guess.)
+3. Answers are parsed strictly, and what cannot be read is wrong *and* counted as unparsed; it is never guessed.
+4. Recognition and questions show the query photo only, as the paper's prompt says. (The research code shows a reference photo as well.)
+5. Where the truth is not known, the leakage judge is the model itself (the research code: another language model).
+
+Shapes: P photos, C concepts in the database, K candidates.
+"""
+import argparse
+import json
+import pathlib
+import random
+import re
+import shlex
+import sys
+from collections import Counter
+from functools import partial
+
+import torch
+
+import data
+import grpo
+import reward
+import rrg
+import toy
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LEAKAGE = ("This is how somebody described a thing of theirs: ",
+           "\nDoes it mention a passing state of the thing, such as what it is doing, how it is placed, or that it is open, worn or folded? Does it "
+           "mention a location, such as the background or what stands around? Judge strictly by its words. Answer only with JSON in this form:\n"
+           '{"State": "Yes or No", "Location": "Yes or No"}')
+
+
+# ------------------------------------------------------------------------------------------------------------- pure functions
+def read_answer(text, **fields):
+    """An answer's JSON object -> {field: text}, or None unless the answer is that object and nothing else (a ``` fence is allowed).
+
+    `fields` names what must be there: None for any text, or the values that are allowed, in any case.
+    """
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", text, re.DOTALL)
+    try:
+        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)  # an object is a tuple of pairs, a list stays a list
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(pairs, tuple) or len(dict(pairs)) < len(pairs):  # a field that is there twice is not an answer
+        return None
+    row = {name: value.strip() for name, value in pairs if isinstance(value, str)}
+    for name, allowed in fields.items():
+        spelled = {value.lower(): value for value in allowed or ()}
+        if not row.get(name) or allowed and row[name].lower() not in spelled:
+            return None
+        row[name] = spelled.get(row[name].lower(), row[name])
+    return row
+
+
+def retrieve(image, text, k):
+    """Similarities [P, C] of photos to the concepts' reference photos and descriptions -> (the k best concepts [P, k], best first; scores
+    [P, C]). Each similarity is min-max normalised over the concepts, then half and half; of equals the first in the database wins."""
+    scale = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(min=1e-12)  # noqa: E731
+    scores = (scale(image) + scale(text)) / 2  # [P, C]
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
+
+
+def share(hits):
+    """Fraction of a list of booleans; None of an empty one."""
+    return sum(hits) / len(hits) if hits else None
+
+
+def recognition_scores(rows):
+    """rows (does the photo show it: bool, answered yes: bool or None if unparsed, of the same category: bool) -> accuracies.
+
+    weighted = (positive + negative) / 2, so that the many negatives do not drown the positives; inside and across keep the negatives
+    of the photo's own category, and of the others. What is unparsed is wrong on either side. None where there is nothing to count.
+    """
+    positive = share([said is True for same, said, _ in rows if same])
+    negative = lambda which: share([said is False for same, said, kin in rows if not same and kin in which])  # noqa: E731
+    mean = lambda other: None if positive is None or other is None else (positive + other) / 2  # noqa: E731
+    return {"recognition_positive": positive, "recognition_negative": negative((True, False)), "recognition_weighted": mean(negative((True, False))),
+            "recognition_inside": mean(negative((True,))), "recognition_across": mean(negative((False,)))}
+
+
+def captioning_scores(rows):
+    """rows (right name, chosen name or None if unparsed) -> precision, recall, F1, each the mean over concepts.
+
+    As the RRG authors count: a concept that is only ever chosen wrongly is a class too, and of precision 0. A fraction of 0 / 0 is 0.
+    """
+    hits = Counter(right for right, chosen in rows if right == chosen)
+    actual, chosen = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
+    names = actual.keys() | chosen.keys()
+    mean = lambda values: sum(values) / len(names) if names else None  # noqa: E731
+    return {"captioning_precision": mean([hits[name] / max(1, chosen[name]) for name in names]),
+            "captioning_recall": mean([hits[name] / max(1, actual[name]) for name in names]),
+            "captioning_f1": mean([2 * hits[name] / (actual[name] + chosen[name]) for name in names])}
+
+
+def name_grounding(rows, case_sensitive=False):
+    """Do captions call things by their names? rows (names that belong there, caption) -> {"precision", "recall", "f1"}.
+
+    The rule of RAP and RePIC. A caption's words are split at white space and stripped of .,!?;:()[]{}"'- at both ends; a name is there if
+    a word equals it, bare or as <name>. Each name that belongs in a caption is a hit, else a miss if the caption has any other name
+    of these rows that does not belong there, else nothing. precision = hits / (hits + misses), recall = hits / names that belong.
+    RePIC's tables of two concepts are case-sensitive, those of one and four are not.
+    """
+    case = (lambda text: text) if case_sensitive else str.lower
+    rows = [([case(name).removeprefix("<").removesuffix(">") for name in names], case(caption)) for names, caption in rows]
+    pool, hits, misses = {name for names, _ in rows for name in names}, 0, 0
+    for names, caption in rows:
+        words = {word.strip(".,!?;:()[]{}\"'-") for word in caption.replace("</s>", "").split()}
+        there = {name for name in pool if name in words or f"<{name}>" in words}
+        right = sum(name in there for name in names)
+        hits, misses = hits + right, misses + (len(names) - right if there - set(names) else 0)
+    slots = sum(len(names) for names, _ in rows)
+    precision, recall = hits / max(1, hits + misses), hits / max(1, slots)
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-12, precision + recall)}
+
+
+# --------------------------------------------------------------------------------------------------------- describe, remember
+def tag(name):
+    """A concept's name as prompts and captions write it: one word in angle brackets."""
+    return "<" + re.sub(r"[^\w-]+", "_", name).strip("_") + ">"
+
+
+def describe(mllm, concepts, references, most):
+    """-> ([Entry] of the concepts, the names of those described in another form than asked for). `references` {concept name: photos}.
+
+    The speaker is the model as it is now, greedy. A malformed description is remembered as it stands, without tags: it is what was said.
+    """
+    photos = [photo for concept in concepts for photo in references[concept.name]]
+    texts = []
+    for start in rrg.tqdm(range(0, len(photos), 32), desc="describing", leave=False):
+        texts += mllm.speak(photos[start:start + 32], most=most).texts
+    parsed = {photo: reward.parse(text) for photo, text in zip(photos, texts)}
+    said = {photo: parsed[photo].text if parsed[photo] else " ".join(re.sub(r"</?\w+>", " ", text).split()) for photo, text in zip(photos, texts)}
+    entries = [data.Entry(concept.name, concept.category, " ".join(said[photo] for photo in references[concept.name]), references[concept.name])
+               for concept in concepts]
+    return entries, {name for name, photos in references.items() if any(parsed.get(photo, True) is None for photo in photos)}
+
+
+def leakage(mllm, entries, most):
+    """-> (share of descriptions that mention state or location, None if no verdict can be read; verdicts that cannot be read).
+
+    Exact in the toy world. Elsewhere the model without adapter is the judge, and judges the words alone, without a picture.
+    """
+    if all(photo.truth for entry in entries for photo in entry.photos):
+        return share([toy.leaks(entry.text) for entry in entries]), 0
+    prompts, answers = [mllm.chat(LEAKAGE[0] + reward.quoted(entry.text, mllm.markers) + LEAKAGE[1]) for entry in entries], []
+    for start in rrg.tqdm(range(0, len(prompts), 32), desc="judging leakage", leave=False):
+        some = prompts[start:start + 32]
+        answers += mllm.sample(mllm.prefill(some, [[]] * len(some)), most).texts
+    verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
+    return share(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
+
+
+# -------------------------------------------------------------------------------------------------------------- the three tasks
+def similarity(embedder, photos, entries):
+    """-> image and text similarity [P, C] of photos and entries. Several reference photos count by the mean of their vectors."""
+    vectors = embedder.embed([*photos, *(photo for entry in entries for photo in entry.photos)])
+    memory = torch.stack([torch.stack([vectors[photo.name] for photo in entry.photos]).mean(0) for entry in entries])  # [C, D]
+    return torch.stack([vectors[photo.name] for photo in photos]) @ memory.T, embedder.compare(photos, [entry.text for entry in entries])
+
+
+def caption(mllm, photos, candidates, most, seed):
+    """candidates: a list of entries for each photo -> [(their order as lettered, the answer as read or None, as it stands), ...]."""
+    orders = [random.Random(f"letters {seed} {photo.name}").sample(some, len(some)) for photo, some in zip(photos, candidates)]
+    lines = ["\n".join(f"{letter}. {reward.quoted(entry.text, mllm.markers)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order))
+             for order in orders]
+    texts = mllm.reply(reward.CAPTIONING, list(zip(photos, lines)), most, "captioning")
+    return [(order, read_answer(text, Answer=LETTERS[:len(order)], Caption=None), text) for order, text in zip(orders, texts)]
+
+
+def recognise(mllm, pairs, most):
+    """pairs [(photo, entry)] -> [whether the photo shows the thing, None where the answer cannot be read]."""
+    texts = mllm.reply(reward.RECOGNITION, [(photo, reward.quoted(entry.text, mllm.markers)) for photo, entry in pairs], most, "recognition")
+    rows = [read_answer(text, Answer=("Yes", "No")) for text in texts]
+    return [row and row["Answer"] == "Yes" for row in rows]
+
+
+def answer(mllm, questions, entries, most):
+    """questions [data.Question] -> [whether the answer is right, None where it cannot be read]."""
+    texts = {entry.name: reward.quoted(entry.text, mllm.markers) for entry in entries}
+    asked = []
+    for q in questions:
+        options = "\n".join(f"{letter}. {option}" for letter, option in q.options.items())
+        asked.append((q.photo, f"{tag(q.concept)}: {texts[q.concept]}\n{q.text.format(tag(q.concept))}\n{options}"))
+    rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, most, "answering"))]
+    return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
+
+
+def examine(mllm, embedder, entries, tests, questions, pairs, options):
+    """All figures of one part of the table: `tests` [(photo, concept name)] put to the database `entries`. Fractions, None where unknown.
+
+    `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, or questions of the toy world.
+    """
+    photos, owner = [photo for photo, _ in tests], {entry.name: i for i, entry in enumerate(entries)}
+    best, _ = retrieve(*similarity(embedder, photos, entries), options.k)  # [P, k]
+    candidates = []
+    for (_, name), row in zip(tests, best.tolist()):
+        if options.skip_retrieval and owner[name] not in row:
+            row[-1] = owner[name]
+        candidates.append([entries[i] for i in row])
+    captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
+    chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
+    grounding = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
+    shown, kind = dict(tests), {entry.name: entry.category for entry in entries}
+    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
+    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in owner}
+    said = recognise(mllm, [(photo, entries[owner[name]]) for photo, name in pairs], options.max_tokens)
+    right = answer(mllm, questions, entries, options.max_tokens)
+    leaked, unjudged = leakage(mllm, entries, options.max_tokens)
+    return {
+        **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)]),
+        **{f"name_{key}": value for key, value in grounding.items()},
+        **recognition_scores([(same, yes, kind[name] == kind[shown[photo]]) for ((photo, name), same), yes in zip(pairs.items(), said)]),
+        "vqa": share([hit is True for hit in right]), "leakage": leaked, "words": sum(len(e.text.split()) for e in entries) / len(entries),
+        "retrieval_ceiling": share([name in [entry.name for entry in some] for (_, name), some in zip(tests, candidates)]),
+        "unparsed": share([hit is None for hit in [*chosen, *said, *right]]),
+        "counts": {"concepts": len({name for _, name in tests}), "database": len(entries), "photos": len(photos), "pairs": len(pairs),
+                   "questions": len(questions), "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None),
+                   "unparsed_vqa": right.count(None), "unparsed_leakage": unjudged},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------- the table
+COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "captioning_recall": "recall", "name_f1": "name F1",
+           "recognition_weighted": "recognition", "recognition_positive": "positive", "recognition_negative": "negative",
+           "recognition_inside": "inside", "recognition_across": "across", "vqa": "VQA", "leakage": "leakage", "words": "words",
+           "retrieval_ceiling": "ceiling", "unparsed": "unparsed"}
+
+
+def show(rows):
+    """Print the rows as Markdown, a table for seen and one for unseen categories."""
+    for part in ("seen", "unseen"):
+        if some := {name: row[part] for name, row in rows.items() if row[part]}:
+            counts = next(iter(some.values()))["counts"]
+            print(f"\n{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
+                  f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions\n")
+            print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+            for name, figures in some.items():
+                cells = ["-" if figures[key] is None else f"{figures[key]:.1f}" if key == "words" else f"{figures[key]:.1%}" for key in COLUMNS]
+                print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def table(mllm, embedder, options):
+    """Every model's row -> what --out holds."""
+    root = data.fetch(options.data) if options.data else ""
+    concepts, unseen = rrg.load_world(mllm, root, options.seed)
+    parts = data.split_concepts(concepts, options.seed, unseen)
+    held = {"seen": (parts[0] + parts[1], parts[0] + parts[1] if options.all else parts[1]), "unseen": (parts[2], parts[2])}
+    split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
+    references = {name: photos for name, (photos, _) in split.items()}
+    asked, pairs = (data.load_questions(root, concepts), data.load_pairs(root, concepts)) if root else ([], {})
+    photos = [photo for concept in concepts for photo in concept.photos]
+    mllm.look(photos, progress=True)
+    mllm.check(tag(concept.name) for concept in concepts)
+    remembered = {}  # row -> (entries, names of those described in another form than asked for)
+    for file in options.database:
+        entries = {entry.name: entry for entry in data.read_database(file, photos)}
+        if missing := [concept.name for concept in concepts if concept.name not in entries]:
+            raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
+        remembered[file] = [entries[concept.name] for concept in concepts], set()
+    for name in [*options.adapter, "base"]:
+        if name != "base":
+            adapt(mllm, name, options)
+        remembered[name] = describe(mllm, concepts, references, options.max_tokens)
+        grpo.remove_lora(mllm.model)
+    result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
+    for name in ["base", *options.adapter, *options.database]:
+        entries, malformed = remembered[name]
+        result["rows"][name] = row = {"seen": None, "unseen": None}
+        print(f"evaluating {name}")
+        for part, (known, tested) in held.items():
+            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1]]
+            if tests:
+                names, shown = {concept.name for concept in known}, {name for _, name in tests}
+                questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
+                row[part] = examine(mllm, embedder, [entry for entry in entries if entry.name in names], tests, questions, pairs, options)
+                row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
+        if options.out:
+            save(options.out, result)
+            save(database_file(options.out, name), data.database(entries, root))
+    return result
+
+
+def adapt(mllm, folder, options):
+    """Put an adapter on, and say so if its run had other held-out concepts than this table."""
+    try:
+        grpo.load_adapter(mllm.model, folder)
+    except ValueError as error:
+        raise data.DataError(str(error)) from error
+    record = pathlib.Path(folder).parent / "config.json"
+    run = data.load_json(record)["settings"] if record.is_file() else {}
+    if run and (run["seed"], pathlib.Path(run["data"])) != (options.seed, pathlib.Path(options.data)):
+        print(f"note: {folder} was trained with --seed {run['seed']} --data {run['data'] or '(the toy world)'}, so it may have met concepts "
+              "that this table holds out")
+
+
+def save(file, content):
+    grpo.write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1)))
+
+
+def database_file(out, row):
+    """Where --out puts a row's descriptions: beside the table."""
+    out, row = pathlib.Path(out), re.sub(r"[^\w-]+", "-", row).strip("-")
+    return out.with_name(f"{out.stem}-{row}-database.json")
+
+
+# ------------------------------------------------------------------------------------------------------- ask about one picture
+def ask(mllm, embedder, options):
+    """Describe the things in --photos (or read them from --database), then say which of them the --query photo shows, and why."""
+    query = data.Photo(f"query {options.query}", partial(data.read_photo, options.query))
+    try:
+        query.open()
+    except (OSError, SyntaxError) as error:
+        raise data.DataError(f"cannot read the picture {options.query}: {error}") from error
+    if options.database:
+        entries = data.read_database(options.database[0])
+    else:
+        if options.adapter:
+            adapt(mllm, options.adapter[0], options)
+        concepts = data.load_concepts(options.photos, least=1)
+        references = {concept.name: concept.photos[:options.references] for concept in concepts}
+        entries, malformed = describe(mllm, concepts, references, options.max_tokens)
+        grpo.remove_lora(mllm.model)
+        if malformed:
+            print(f"{len(malformed)} descriptions are not in the form that was asked for")
+    if options.out:
+        save(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
+    elif not options.database:
+        print("(to ask again without describing your things anew: add --out things.json now, then give --database things.json for --photos)")
+    mllm.check(tag(entry.name) for entry in entries)
+    image, text = similarity(embedder, [query], entries)
+    best, scores = retrieve(image, text, options.k)
+    [(order, row, said)] = caption(mllm, [query], [[entries[i] for i in best[0]]], options.max_tokens, options.seed)
+    if row:
+        print(f"\n{row['Caption']}\n\nbecause it chose {row['Answer']}" + (f": {row['Reasoning']}" if row.get("Reasoning") else ""))
+    else:
+        print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said:\n{said}\n")
+    print(f"the {len(order)} most similar of {len(entries)} things (score: half picture, half words, each from 0 to 1 over all things)")
+    for letter, entry in zip(LETTERS, order):
+        i = entries.index(entry)
+        print(f"  {'*' if row and row['Answer'] == letter else ' '}{letter}  {entry.name}  {scores[0, i]:.2f} "
+              f"(picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entry.text}")
+
+
+def settings(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(toy.FOLDER), help="checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    add("--adapter", action="append", default=[], metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
+    add("--data", default="", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
+    add("--database", action="append", default=[], metavar="FILE",
+        help="descriptions made elsewhere, in RAP's JSON: a row of the table (several times), or with --query all that is known")
+    add("--photos", default="", metavar="DIR", help="with --query: your things, a photo or a folder of photos each, named as they are called")
+    add("--query", default="", metavar="FILE", help="ask about this one picture")
+    add("--references", type=int, default=1, metavar="INT",
+        help="photos described of each concept (default 1; MyVLM is published with 4 and seeds 0 to 4, PerVA with 5); one is always left for the test")
+    add("--k", type=int, default=3, metavar="INT", help="descriptions retrieved for a photo (default 3)")
+    add("--skip-retrieval", action="store_true", help="the right concept is always among the k")
+    add("--embedder", default="", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
+    add("--all", action="store_true", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
+    add("--seed", type=int, default=0, metavar="INT", help="seed of splits, references and letters; the same as the run's (default 0)")
+    add("--max-tokens", type=int, default=128, metavar="INT", help="longest description or answer, in tokens (default 128)")
+    add("--max-pixels", type=int, metavar="INT", help=f"photos are shrunk to at most this many pixels (default {rrg.Config.max_pixels}; "
+                                                       f"toy model {rrg.TOY['max_pixels']})")
+    add("--out", default="", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
+    options = parser.parse_args(argv)
+    if options.photos and not options.query or options.query and not (options.photos or options.database):
+        parser.error("--query and --photos go together (or --query and --database)")
+    if options.query and len(options.adapter) + len(options.database) > 1:
+        parser.error("with --query give one --adapter or one --database at most")
+    if options.references < 1 or not 2 <= options.k <= len(LETTERS) or options.max_tokens < 1:
+        parser.error("--references and --max-tokens must be at least 1, --k from 2 to 26")
+    is_toy = pathlib.Path(options.model).resolve() == toy.FOLDER.resolve()
+    options.max_pixels = options.max_pixels or (rrg.TOY["max_pixels"] if is_toy else rrg.Config.max_pixels)
+    return options
+
+
+def main(options):
+    mllm = rrg.MLLM(options.model, options.max_pixels)
+    embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
+    if options.query:
+        return ask(mllm, embedder, options)
+    show(table(mllm, embedder, options)["rows"])
+
+
+if __name__ == "__main__":
+    try:
+        main(settings())
+    except data.DataError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
