@@ -525,7 +525,7 @@ def build(folder, pictures, vision_steps, language_steps):
         features.append(tokens.unflatten(0, (-1, 16)).half())  # [pictures, 16, WIDTH]
     taught = model, tokenizer, torch.cat(features), truths
     fit_language("2/3 the language model learns to speak, to listen and to answer", *taught, language_steps)
-    fit_language("3/3 ... and to call a thing by its whole name", *taught, language_steps // 12, whole_names=True)
+    fit_language("3/3 ... and to call a thing by its whole name", *taught, max(1, language_steps // 12), whole_names=True)
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)
 

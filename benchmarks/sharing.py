@@ -1,6 +1,6 @@
 """sharing.py: what "prefill once, continue many" saves in recognition, P photos put to C descriptions, measured side by side in one run.
 
-    python benchmarks/sharing.py                      # the toy model: 20 photos x 40 descriptions, three rounds
+    python benchmarks/sharing.py                      # the toy model: 10 photos x 20 descriptions, three rounds
     python benchmarks/sharing.py --model DIR --photos 4 --concepts 8
 
 Three ways to the same answers (which is checked): ours, where a photo is encoded and read once and all descriptions continue it; in batches
@@ -44,8 +44,8 @@ def one_by_one(mllm, pairs, most):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(toy.FOLDER), help="checkpoint (default: the toy model)")
-    parser.add_argument("--photos", type=int, default=20, help="P (default 20)")
-    parser.add_argument("--concepts", type=int, default=40, help="C (default 40)")
+    parser.add_argument("--photos", type=int, default=10, help="P (default 10)")
+    parser.add_argument("--concepts", type=int, default=20, help="C (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="each way is timed so often, in turn; the median counts (default 3)")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer, in tokens (default 32)")
     args = parser.parse_args()
