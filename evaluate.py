@@ -97,14 +97,15 @@ def recognition_scores(rows):
             "recognition_inside": mean(negative((True,))), "recognition_across": mean(negative((False,)))}
 
 
-def captioning_scores(rows):
-    """rows (right name, chosen name or None if unparsed) -> precision, recall, F1, each the mean over concepts.
+def captioning_scores(rows, tested=None):
+    """rows (right name, chosen name or None if unparsed) -> precision, recall, F1, each the mean over concepts. 0 / 0 is 0.
 
-    As the RRG authors count: a concept that is only ever chosen wrongly is a class too, and of precision 0. A fraction of 0 / 0 is 0.
+    As the RRG authors count: a concept that is only ever chosen wrongly is a class too, and of precision 0. Their databases hold tested
+    concepts only. Where there are others to be chosen, `tested` says which names are classes; to choose another one is still wrong.
     """
     hits = Counter(right for right, chosen in rows if right == chosen)
     actual, chosen = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
-    names = actual.keys() | chosen.keys()
+    names = (actual.keys() | chosen.keys()) & (tested or actual.keys() | chosen.keys())
     mean = lambda values: sum(values) / len(names) if names else None  # noqa: E731
     return {"captioning_precision": mean([hits[name] / max(1, chosen[name]) for name in names]),
             "captioning_recall": mean([hits[name] / max(1, actual[name]) for name in names]),
@@ -226,7 +227,7 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
     right = answer(mllm, questions, entries, options.max_tokens)
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
     return {
-        **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)]),
+        **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)], set(shown.values())),
         **{f"name_{key}": value for key, value in grounding.items()},
         **recognition_scores([(same, yes, kind[name] == kind[shown[photo]]) for ((photo, name), same), yes in zip(pairs.items(), said)]),
         "vqa": share([hit is True for hit in right]), "leakage": leaked, "words": sum(len(e.text.split()) for e in entries) / len(entries),

@@ -66,6 +66,8 @@ def test_captioning_by_hand():
     rows = [("a", "a"), ("a", "b"), ("b", None), ("b", "c")]
     assert evaluate.captioning_scores(rows) == pytest.approx({
         "captioning_precision": (1 + 0 + 0) / 3, "captioning_recall": (1 / 2 + 0 + 0) / 3, "captioning_f1": (2 / 3 + 0 + 0) / 3})
+    assert evaluate.captioning_scores(rows, {"a", "b"}) == pytest.approx({  # c is a distractor of the database that no photo shows
+        "captioning_precision": (1 + 0) / 2, "captioning_recall": (1 / 2 + 0) / 2, "captioning_f1": (2 / 3 + 0) / 2})
     assert evaluate.captioning_scores([("a", "a"), ("b", "b")])["captioning_f1"] == 1
     assert evaluate.captioning_scores([("a", None)]) == {"captioning_precision": 0, "captioning_recall": 0, "captioning_f1": 0}
     assert evaluate.captioning_scores([])["captioning_f1"] is None
