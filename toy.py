@@ -536,7 +536,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="checkpoint folder (default toy-qwen2-vl)")
     parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from (default 40000)")
     parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 32 pictures for the vision tower (default 6000); 0 keeps the tower that is in --out")
-    parser.add_argument("--language-steps", type=int, default=2400, help="steps of 24 pictures for the language model (default 2400)")
+    parser.add_argument("--language-steps", type=int, default=4000, help="steps of 24 pictures for the language model (default 4000)")
     args = parser.parse_args()
     if not args.report:
         build(args.out, args.pictures, args.vision_steps, args.language_steps)

@@ -31,7 +31,7 @@ def fifths(folder, column):
 
 def spread(values, form="{:.1%}"):
     """Mean ± standard deviation over the seeds."""
-    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values) if len(values) > 1 else 0)}"
+    return f"{form.format(statistics.mean(values))} ± {form.replace('+', '').format(statistics.stdev(values) if len(values) > 1 else 0)}"
 
 
 if __name__ == "__main__":

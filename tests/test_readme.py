@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import evaluate
 import rrg
 from conftest import ROOT
 
@@ -25,7 +26,12 @@ def test_training_commands_are_understood(command):
         assert (config.lr, config.rank, config.alpha, config.samples, config.k, config.beta) == (1e-5, 64, 128, 8, 3, 0.04)  # as the README says
 
 
-@pytest.mark.parametrize("script", ["rrg.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python evaluate.py")])
+def test_evaluation_commands_are_understood(command):
+    assert evaluate.settings(shlex.split(command)[2:]).k == 3
+
+
+@pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py", "benchmarks/sharing.py"])
 def test_help_teaches(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python " + script in done.stdout
