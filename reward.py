@@ -35,7 +35,7 @@ SPEAK = ('Describe the main subject of this photo so that somebody could tell it
          '<thinking> what makes it special </thinking> <coarse> 5 to 6 words that start with "A photo of a" </coarse> '
          '<detailed> one fluent sentence that starts with "The" and names 3 to 4 visible attributes that set it apart </detailed> '
          'Do not mention the background, the location or the state of the subject. If it is a person, leave out clothing and accessories.')
-# What is said between the two parts of a prompt stands in the comment behind it.
+# What is said between the two parts of a prompt stands in the comment beside it.
 LISTEN = ("Read this description:\n", "\nDoes every part of it fit the main subject of this photo? Answer yes or no.")  # a quoted description
 RECOGNITION = (  # a quoted description
     "Somebody described a thing of theirs:\n",

@@ -236,7 +236,7 @@ SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "
 
 
 def new_tokenizer():
-    """Word-level: a token is a word, a tag, a punctuation mark, or one whole prompt of ours (departure 3)."""
+    """Word-level: a token is a word, a tag, a punctuation mark, half a name, or one whole prompt of ours (departure 3)."""
     grammar = 'user assistant yes no Yes No system " , . : ? A B C photo of a The with badge on in light I see Where How What does stand is'.split()
     tags = "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>".split()
     names = sorted({part for name in NAMES for part in (name.split("-")[0], "##-" + name.split("-")[1])})  # <mug and ##-3>
