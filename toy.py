@@ -334,8 +334,9 @@ def quiz(truth, kind, rng):
     return question, dict(zip("AB", words)), "AB"[right]
 
 
-def lesson(task, truth, most, rng):
-    """-> (a question about the picture, the answer to learn). Descriptions make `most` claims besides the category at most.
+def lesson(task, truth, most, rng, names="own"):
+    """-> (a question about the picture, the answer to learn). Descriptions make `most` claims besides the category at most, and the things
+    have `names` of their own category or of "any" one.
 
     Half of the listener's descriptions hold, the others make one false claim (a fifth of them two). The descriptions of the other tasks
     were written from another photo of the thing, and four in five of those show it where it is now, as the photos of a real thing mostly
@@ -346,7 +347,8 @@ def lesson(task, truth, most, rng):
     describe = lambda thing: '"' + ". ".join(sentence(thing, told())) + '"'  # noqa: E731
     itself = truth | (new_view(rng)[0] if rng.random() < .2 else {})
     foil = lambda: altered(truth, rng.sample(("category", *IDENTITY), rng.choice([1, 1, 2, 4])), rng) | new_view(rng)[0]  # noqa: E731
-    call = lambda thing, number: f"<{thing['category']}-{number}>"  # noqa: E731
+    kind = lambda thing: rng.choice(ATTRIBUTES["category"]) if names == "any" else thing["category"]  # noqa: E731
+    call = lambda thing, number: f"<{kind(thing)}-{number}>"  # noqa: E731
     seen, name = sentence(truth, IDENTITY)[1], call(truth, rng.randint(1, 12))
     if task == "speak":
         return "", SPOKEN.format(truth["category"], *sentence(truth, {kind for kind, share in SAID.items() if rng.random() < share}))
@@ -358,17 +360,18 @@ def lesson(task, truth, most, rng):
         same = rng.random() < .5
         return describe(itself if same else foil()), f'{JSON[0]}{seen}{JSON[2]}{"Yes" if same else "No"}{JSON[4]}'
     if task == "captioning":
-        many = rng.randint(1, 3)
+        many = rng.choice([1, 2, 3, 3, 3])  # the first and the last of few names are copied by their places; the middle one is the hard one
         letter, numbers = rng.randrange(many), rng.sample(range(1, 13), many)
         things = [itself if i == letter else foil() for i in range(many)]
-        lines = [f"{'ABC'[i]}. {describe(things[i])} is {call(things[i], numbers[i])}" for i in range(many)]
-        caption = f"{call(truth, numbers[letter])} is {truth['pose']} on {truth['place']} in {truth['light']} light."
+        called = [call(thing, number) for thing, number in zip(things, numbers)]
+        lines = [f"{'ABC'[i]}. {describe(things[i])} is {called[i]}" for i in range(many)]
+        caption = f"{called[letter]} is {truth['pose']} on {truth['place']} in {truth['light']} light."
         return "\n".join(lines), f'{JSON[0]}{seen}{JSON[2]}{"ABC"[letter]}{JSON[3]}{caption}{JSON[4]}'
     question, options, right = quiz(truth, rng.choice(VIEW), rng)
     return f"{name}: {describe(itself)}\n{question.format(name)}\nA. {options['A']}\nB. {options['B']}", f'{JSON[1]}{right}{JSON[4]}'
 
 
-def language_batch(tokenizer, ask, tasks, truths, most, rng, whole_names=False):
+def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_names=False):
     """Each of `tasks` once per picture, as right-padded rows that continue the picture's prefix, a picture's rows together.
 
     Returns ids, labels (the next token where it is to be learned, else -100), verdicts (1 a true claim of a question, 0 a false one,
@@ -377,7 +380,7 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, whole_names=False):
     rows, first = [], []
     for truth in truths:
         for task in tasks:
-            question, answer = lesson(task, truth, most, rng)
+            question, answer = lesson(task, truth, most, rng, names)
             question = ask[task].replace("\0", question)
             rows.append(question + answer + ("" if task == "listen" else "<|im_end|>"))
             first.append(len(tokenizer(question)["input_ids"]))
@@ -398,7 +401,9 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, whole_names=False):
 def fit_language(title, model, tokenizer, features, truths, steps, batch=24, whole_names=False):
     """Each question is its own continuation of the picture: packed into one row, they would answer each other.
 
-    With `whole_names` a gentle second helping of everything, in which both parts of a caption's name weigh as much as any other answer.
+    Names are of any category at first: where the photo tells half of a name, the other half is not learned to be copied from the right
+    line (it stayed at chance for 1000 steps). With `whole_names` a gentle second helping of everything, in which things have names of
+    their own categories, and both parts of a name weigh as much as any other answer.
     """
     judge = torch.nn.Linear(WIDTH, 2)  # departure 2
     rng, decoder = random.Random(0), model.model.language_model
@@ -410,8 +415,8 @@ def fit_language(title, model, tokenizer, features, truths, steps, batch=24, who
         ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))
 
     def losses(pick, tasks, step):
-        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [truths[i] for i in pick],
-                                                        6 if whole_names else min(6, 1 + 6 * step // 400), rng, whole_names)
+        most, names = 6 if whole_names else min(6, 1 + 6 * step // 400), "own" if whole_names else "any"
+        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [truths[i] for i in pick], most, rng, names, whole_names)
         prefix = decoder.embed_tokens(ids).expand(len(pick), -1, -1)  # [pictures, P, WIDTH]
         prefix = prefix.masked_scatter(is_image[..., None], features[pick].float())
         cache = DynamicCache()

@@ -137,7 +137,6 @@ def test_counts(figures):
         "unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0, "unparsed_leakage": 0}
 
 
-@pytest.mark.xfail(strict=True, reason="captioning F1 0.944: the shipped language model had 2400 steps instead of 4000; rebuild with python toy.py")
 @pytest.mark.slow
 def test_the_toy_model_can_read_the_prompts_in_full(toy_mllm):
     concepts = toy.world(11, 64, 12, 2)

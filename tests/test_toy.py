@@ -101,10 +101,6 @@ def test_lessons_tell_the_truth():
     assert 0.75 < sum(same_view) / len(same_view) < 0.95
 
 
-SHORT = pytest.mark.xfail(strict=True, reason="the shipped language model had 2400 steps instead of 4000 and misses a bar: rebuild with python toy.py")
-
-
-@SHORT
 def test_the_shipped_model_meets_its_bars(toy_mllm):
     card = toy.report_card(toy_mllm, photos=150)
     assert card["well formed"] > 0.97 and card["accepts a true description"] >= 0.91  # bars of 97 and 93 % on 600 photos; see the README
@@ -113,7 +109,6 @@ def test_the_shipped_model_meets_its_bars(toy_mllm):
         assert says >= 0.95 and catches >= 0.90, kind
 
 
-@SHORT
 @pytest.mark.slow
 def test_the_shipped_model_meets_its_bars_in_full(toy_mllm):
     card = toy.report_card(toy_mllm)
