@@ -11,7 +11,7 @@ be read off its words. One literal example, as the speaker writes it and as the 
     Read this description: "A photo of a red mug. The red striped mug with a star badge, tilted on grass in dim light."
     Does every part of it fit the main subject of this photo? Answer yes or no.
 
-The model is a real `Qwen2VLForConditionalGeneration` of 2.2M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to
+The model is a real `Qwen2VLForConditionalGeneration` of 2.4M parameters in an ordinary checkpoint folder, `toy-qwen2-vl/`. It is made to
 be an honest small MLLM: it captions densely, mixing identity and view; as a listener it says yes only if every claim fits the picture; and
 it does evaluate.py's three tasks, so that it fails at them where descriptions are bad and not because it cannot read the prompt.
 
