@@ -78,6 +78,28 @@ class Game:
     pool: list[Photo]
     answer: int
 
+    def record(self):
+        """What the log keeps of it."""
+        return dict(concept=self.concept, target=self.target.name, pool=[photo.name for photo in self.pool], answer=self.answer)
+
+
+KINDS = {"oct": 35.0, "vlt": 34.0, "single_ict": 26.0, "multi_ict": 5.0}  # RePIC's tasks and their shares (oct : vlt is not published)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of RePIC's questions: the pictures, then the text. `solution` is what the rule compares an answer with: "yes" or "no" (oct), a
+    box in pixels and the size of its picture (vlt), the names in angle brackets (ict). `things` are what the last picture shows."""
+    kind: str
+    photos: list[Photo]
+    text: str
+    solution: object
+    things: list[tuple[str, Photo]] = field(repr=False)
+
+    def record(self):
+        """What the log keeps of it."""
+        return dict(kind=self.kind, photos=[photo.name for photo in self.photos], question=self.text, solution=self.solution)
+
 
 # ----------------------------------------------------------------------------------------------------------------- photos
 def read_photo(path):
@@ -95,6 +117,31 @@ def read_photo(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+
+
+def paste(photos, boxes, size):
+    canvas = Image.new("RGB", (size, size), (128, 128, 128))
+    for photo, (x1, y1, x2, y2) in zip(photos, boxes):
+        canvas.paste(ImageOps.fit(photo.open(), (x2 - x1, y2 - y1)), (x1, y1))
+    return canvas
+
+
+def scene_size(side):
+    return 2 * side + 4 * (side // 16)
+
+
+def collage(photos, side, seed):
+    """A scene of one to four photos, each cut to a square of `side` pixels, in different cells of a two by two grid, a little off its lines.
+
+    -> (Photo of 2.25 `side` pixels, for each photo its box (x1, y1, x2, y2) in these pixels). So any folder of photos has boxes and
+    pictures of several known things.
+    """
+    rng, gap, size = random.Random(f"collage {seed} {[photo.name for photo in photos]}"), side // 16, scene_size(side)
+    cells = rng.sample([(x, y) for y in (0, side + 2 * gap) for x in (0, side + 2 * gap)], len(photos))
+    corners = [(x + gap * rng.randrange(3), y + gap * rng.randrange(3)) for x, y in cells]
+    boxes = [(x, y, x + side, y + side) for x, y in corners]
+    name = "; ".join(f"{photo.name} at {x},{y}" for photo, (x, y) in zip(photos, corners))
+    return Photo(name, partial(paste, photos, boxes, size)), boxes
 
 
 def natural(path):
@@ -407,6 +454,53 @@ def mine_games(concepts, embeddings, k, seed, *, pool=None, negatives="hard", po
     if borrowed:
         log(f"{borrowed} of {len(games)} games take negatives from other categories: theirs has fewer than {k - 1} other concepts")
     return games
+
+
+def tag(name):
+    """A concept's name as prompts and captions write it: one word in angle brackets."""
+    return "<" + re.sub(r"[^\w-]+", "_", name).strip("_") + ">"
+
+
+def make_tasks(concepts, shares, count, prompts, phrase, side, seed):
+    """`count` of RePIC's tasks about `concepts`, of kinds drawn by their `shares` {kind: weight} -> [Task].
+
+    `prompts` {"oct" | "vlt" | "ict": [(before, after)]}, of which each task gets one, so that all answers of a group answer the same.
+    `phrase(concept)` says what to look for in a scene. Half of the oct tasks show another thing, half of these one of the same category.
+    The paper crops things out of photographs; here a scene is a collage of whole photos of `side` pixels each (`collage`).
+    Raises DataError for fewer than two concepts.
+    """
+    if len(concepts) < 2:
+        raise DataError("RePIC's tasks need two concepts or more")
+    kinds, tasks = random.Random(f"kinds {seed}").choices(list(shares), list(shares.values()), k=count), []
+    for number, kind in enumerate(kinds):
+        rng = random.Random(f"task {seed} {number}")
+        order = rng.sample(concepts, len(concepts))
+        concept, others = order[0], order[1:]
+        known, query = rng.sample(concept.photos, 2)
+        before, after = rng.choice(prompts[kind.split("_")[-1]])
+        if kind == "oct":
+            kin = [other for other in others if other.category == concept.category]
+            solution = rng.choice(["yes", "no"])
+            owner = concept if solution == "yes" else rng.choice([others[0], (kin or others)[0]])
+            photos, middle = [known, query if owner is concept else rng.choice(owner.photos)], tag(concept.name)
+            things = [(tag(owner.name), photos[1])]
+        elif kind == "vlt":
+            others = [other for other in others if phrase(other) != phrase(concept)][:rng.choice([1, 2, 3, 3])]
+            shown = [query, *(rng.choice(other.photos) for other in others)]
+            scene, boxes = collage(shown, side, f"{seed} {number}")
+            photos, middle, solution = [scene], phrase(concept), (boxes[0], (scene_size(side),) * 2)
+            things = [(tag(owner.name), photo) for owner, photo in zip([concept, *others], shown)]
+        else:
+            several = [concept, *others[:rng.choice([1, 2]) if kind == "multi_ict" else 0]]
+            pairs = [(known, query), *(rng.sample(other.photos, 2) for other in several[1:])]
+            views = [view for _, view in pairs]
+            scene, boxes = collage(views, side, f"{seed} {number}") if len(views) > 1 else (query, [(0, 0)])
+            photos, solution = [*(reference for reference, _ in pairs), scene], [tag(owner.name) for owner in several]
+            middle = ", ".join(solution)
+            lie = [(box[1] >= side, box[0]) for box in boxes]  # the upper row first, each from the left: as one reads
+            things = [(solution[i], views[i]) for i in sorted(range(len(views)), key=lie.__getitem__)]
+        tasks.append(Task(kind, photos, before + middle + after, solution, things))
+    return tasks
 
 
 def games_of_step(games, step, size, seed):

@@ -8,6 +8,10 @@
     caption    photo + the k lettered descriptions -> the right letter, and a caption that calls the thing by its name
     answer     photo + the right description + a question with two options -> the right option
 
+and, as RePIC is measured, by the model *with* its adapter, from pictures instead of descriptions:
+    ground     reference photos with names + a photo of one of these things, or a scene of two or four -> do captions use the names? With
+               the right references, with those that are most like the things in the picture, and with wrong ones, where few is good
+
     python evaluate.py --adapter runs/x/adapter                                        # the toy world: one row for base, one for the run
     python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data perva-data/ --all      # any folder of photos (data.py lists the layouts)
     python evaluate.py --model ... --photos my_things/ --query photo.jpg               # ask about one picture
@@ -21,10 +25,12 @@ Where it departs from the paper and its authors' research code:
 3. Answers are parsed strictly, and what cannot be read is wrong *and* counted as unparsed; it is never guessed.
 4. Recognition and questions show the query photo only, as the paper's prompt says. (The research code shows a reference photo as well.)
 5. Where the truth is not known, the leakage judge is the model itself (the research code: another language model).
+6. RePIC finds the things of a scene by a detector. Here scenes are collages (data.py), so each thing's own photo is put to retrieval.
 
 Shapes: P photos, C concepts in the database, K candidates.
 """
 import argparse
+import itertools
 import json
 import pathlib
 import random
@@ -41,7 +47,9 @@ import grpo
 import reward
 import rrg
 import toy
+from data import tag
 
+SCENES = 60  # pictures of one, of two and of four things that are captioned
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEAKAGE = ("This is how somebody described a thing of theirs: ",
            "\nDoes it mention a passing state of the thing, such as what it is doing, how it is placed, or that it is open, worn or folded? Does it "
@@ -134,20 +142,13 @@ def name_grounding(rows, case_sensitive=False):
 
 
 # --------------------------------------------------------------------------------------------------------- describe, remember
-def tag(name):
-    """A concept's name as prompts and captions write it: one word in angle brackets."""
-    return "<" + re.sub(r"[^\w-]+", "_", name).strip("_") + ">"
-
-
 def describe(mllm, concepts, references, most):
     """-> ([Entry] of the concepts, the names of those described in another form than asked for). `references` {concept name: photos}.
 
     The speaker is the model as it is now, greedy. A malformed description is remembered as it stands, without tags: it is what was said.
     """
     photos = [photo for concept in concepts for photo in references[concept.name]]
-    texts = []
-    for start in rrg.tqdm(range(0, len(photos), 32), desc="describing", leave=False):
-        texts += mllm.speak(photos[start:start + 32], most=most).texts
+    texts = mllm.tell([([photo], reward.SPEAK) for photo in photos], most, "describing")
     parsed = {photo: reward.parse(text) for photo, text in zip(photos, texts)}
     said = {photo: parsed[photo].text if parsed[photo] else " ".join(re.sub(r"</?\w+>", " ", text).split()) for photo, text in zip(photos, texts)}
     entries = [data.Entry(concept.name, concept.category, " ".join(said[photo] for photo in references[concept.name]), references[concept.name])
@@ -162,10 +163,7 @@ def leakage(mllm, entries, most):
     """
     if all(photo.truth for entry in entries for photo in entry.photos):
         return share([toy.leaks(entry.text) for entry in entries]), 0
-    prompts, answers = [mllm.chat(LEAKAGE[0] + reward.quoted(entry.text, mllm.markers) + LEAKAGE[1]) for entry in entries], []
-    for start in rrg.tqdm(range(0, len(prompts), 32), desc="judging leakage", leave=False):
-        some = prompts[start:start + 32]
-        answers += mllm.sample(mllm.prefill(some, [[]] * len(some)), most).texts
+    answers = mllm.tell([([], LEAKAGE[0] + reward.quoted(entry.text, mllm.markers) + LEAKAGE[1]) for entry in entries], most, "judging leakage")
     verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
     return share(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
 
@@ -203,6 +201,37 @@ def answer(mllm, questions, entries, most):
         asked.append((q.photo, f"{tag(q.concept)}: {texts[q.concept]}\n{q.text.format(tag(q.concept))}\n{options}"))
     rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, most, "answering"))]
     return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
+
+
+def grounding(mllm, embedder, known, tested, split, options):
+    """Does the model as it is now call things by their names in captions, given reference photos? -> {names_N_HOW_precision, ..._recall,
+    ..._f1} for N things in the picture and right, retrieved or wrong references; None where there are too few concepts.
+
+    `known` and `tested` are concepts, `split` {concept name: (reference photos, test photos)}. A wrong reference shows a thing that is
+    not in the picture; its name counts, and should not be there. (RePIC, tables 1 to 3)
+    """
+    figures, prompts, wanted = {}, [], {}
+    reference = {concept.name: split[concept.name][0][0] for concept in known}
+    vectors = embedder.embed([*reference.values(), *(photo for concept in tested for photo in split[concept.name][1])])
+    memory = torch.stack([vectors[photo.name] for photo in reference.values()])  # [C, D]
+    for many, how in itertools.product((1, 2, 4), ("right", "retrieved", "wrong")):
+        wanted[many, how] = rows = []
+        for number in range(SCENES if len(tested) >= many and len(known) >= 2 * many else 0):
+            rng = random.Random(f"scene {options.seed} {many} {number}")
+            things = [(concept.name, rng.choice(split[concept.name][1])) for concept in rng.sample(tested, many)]
+            names, photos = [name for name, _ in things], [photo for _, photo in things]
+            others = rng.sample([name for name in reference if name not in names], many)
+            nearest = dict.fromkeys(list(reference)[(memory @ vectors[photo.name]).argmax()] for photo in photos)
+            given = {"right": names, "retrieved": list(nearest), "wrong": others}[how]
+            picture = photos[0] if many == 1 else data.collage(photos, rrg.side(mllm), number)[0]
+            before, after = reward.REPIC["ict"][number % 3]
+            prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
+            rows.append([tag(name) for name in (others if how == "wrong" else names)])
+    captions = iter(mllm.tell(prompts, options.max_tokens, "calling by name"))
+    for (many, how), rows in wanted.items():
+        scores = name_grounding([(names, next(captions)) for names in rows])
+        figures |= {f"names_{many}_{how}_{key}": value if rows else None for key, value in scores.items()}
+    return figures
 
 
 def examine(mllm, embedder, entries, tests, questions, pairs, options):
@@ -244,6 +273,7 @@ COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "
            "recognition_weighted": "recognition", "recognition_positive": "positive", "recognition_negative": "negative",
            "recognition_inside": "inside", "recognition_across": "across", "vqa": "VQA", "leakage": "leakage", "words": "words",
            "retrieval_ceiling": "ceiling", "unparsed": "unparsed"}
+GROUNDING = {f"names_{many}_{how}_f1": f"{many} {how}" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")}
 
 
 def show(rows):
@@ -257,10 +287,14 @@ def show(rows):
             for name, figures in some.items():
                 cells = ["-" if figures[key] is None else f"{figures[key]:.1f}" if key == "words" else f"{figures[key]:.1%}" for key in COLUMNS]
                 print(f"| {name} | " + " | ".join(cells) + " |")
+            print(f"\nF1 of names in captions of {SCENES} pictures each, by the things in the picture and the references that are given (of wrong ones few is "
+                  "good)\n\n| | " + " | ".join(GROUNDING.values()) + " |\n" + "|---" * (len(GROUNDING) + 1) + "|")
+            for name, figures in some.items():
+                print(f"| {name} | " + " | ".join("-" if figures.get(key) is None else f"{figures[key]:.1%}" for key in GROUNDING) + " |")
 
 
-def table(mllm, embedder, options):
-    """Every model's row -> what --out holds."""
+def table(mllm, embedder, options, models):
+    """The row of each of `models`, adapters or "base", and of each database -> what --out holds."""
     root = data.fetch(options.data) if options.data else ""
     concepts, unseen = rrg.load_world(mllm, root, options.seed)
     parts = data.split_concepts(concepts, options.seed, unseen)
@@ -271,19 +305,20 @@ def table(mllm, embedder, options):
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     mllm.check(tag(concept.name) for concept in concepts)
-    remembered = {}  # row -> (entries, names of those described in another form than asked for)
+    remembered, grounded = {}, {}  # row -> (entries, names of those described in another form than asked for), row -> part -> figures
     for file in options.database:
         entries = {entry.name: entry for entry in data.read_database(file, photos)}
         if missing := [concept.name for concept in concepts if concept.name not in entries]:
             raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
         remembered[file] = [entries[concept.name] for concept in concepts], set()
-    for name in [*options.adapter, "base"]:
+    for name in models:
         if name != "base":
             adapt(mllm, name, options)
         remembered[name] = describe(mllm, concepts, references, options.max_tokens)
+        grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1]}
         grpo.remove_lora(mllm.model)
     result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
-    for name in ["base", *options.adapter, *options.database]:
+    for name in [*models, *options.database]:
         entries, malformed = remembered[name]
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
@@ -293,6 +328,7 @@ def table(mllm, embedder, options):
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
                 questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
                 row[part] = examine(mllm, embedder, [entry for entry in entries if entry.name in names], tests, questions, pairs, options)
+                row[part] |= grounded[name][part] if name in grounded else {}
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
             save(options.out, result)
@@ -399,7 +435,7 @@ def main(options):
     embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
     if options.query:
         return ask(mllm, embedder, options)
-    show(table(mllm, embedder, options)["rows"])
+    show(table(mllm, embedder, options, ["base", *options.adapter])["rows"])
 
 
 if __name__ == "__main__":

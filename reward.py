@@ -14,6 +14,9 @@ The listener is shown one candidate picture at a time and asked whether the desc
 
 plus a term for the format and a small one for the length, each with its weight and its own curve in the log.
 
+RePIC, the system RRG is compared with, pays what a rule can verify, one task a prompt: is the thing of picture 1 in picture 2 (`oct_reward`),
+where is it (`vlt_reward`), and does a caption call what it shows by the names that were given (`ict_reward`).
+
 The prompts of the game and of evaluate.py's tasks stand here together: the toy model learns them all, each as a word of its vocabulary.
 
 Where it departs from the paper and its authors' research code:
@@ -23,6 +26,8 @@ Where it departs from the paper and its authors' research code:
 3. A tie is not a win: the target must beat every other candidate. Failing to score raises; it never becomes a reward of 0.
 4. Every single-token spelling of yes and no counts, not only the lower-case ones.
 5. The prompts say "the main subject" where the paper's name the category, which nobody knows of a photo on a phone.
+6. RePIC's rewards are the paper's, not its code's, which found "no" in "know", read whole numbers only, compared boxes in pixels of two
+   different sizes, and let a caption of several names pass with closing tags.
 
 Shapes: N descriptions, K candidates in a pool, V vocabulary.
 """
@@ -50,6 +55,17 @@ CAPTIONING = (  # one line a candidate: its letter, its quoted description, "is"
 VQA = (  # the name and the quoted description; the question; two options
     "Somebody described the main subject of this photo:\n",
     '\nLook at the photo and choose the right option. Answer only with JSON in this form:\n{"Answer": "A or B"}')
+
+# RePIC's tasks, each in several wordings, of which a group gets one. Pictures come first, then the text.
+NAMED = "All pictures but the last show one thing each, in this order: "
+REPIC = {
+    "oct": [("The first picture shows ", ". Is that very thing in the second picture, too? Your final answer must be either yes or no, with no additional output."),
+            ("You see ", " in the first picture. Can you find the same one in the second picture? Answer with yes or no only.")],  # a name
+    "vlt": [("Where in this picture is the ", '? Return its bounding box as JSON: {"bbox_2d": [x1, y1, x2, y2]}'),
+            ("Locate the ", ' in this picture. For bounding box coordinates, answer in JSON format: {"bbox_2d": [x1, y1, x2, y2]}')],  # a phrase
+    "ict": [(NAMED, ".\nGive a caption of the last picture."),  # names in angle brackets, with commas between them
+            (NAMED, ".\nGive a personalized caption of the last picture, calling what you know by its name."),
+            (NAMED, ".\nDescribe the last picture in detail, without repeating what was said here.")]}
 
 FIELDS = {"thinking": 0.34, "coarse": 0.33, "detailed": 0.33}  # and what each is worth when it is well formed
 
@@ -120,3 +136,39 @@ def length_reward(description):
     coarse = 5 <= len(description.coarse.split()) <= 6
     detailed = len(sentences) == 1 and 4 <= len(description.detailed.split()) <= 40
     return coarse / 3 + 2 * detailed / 3
+
+
+# ------------------------------------------------------------------------------------------------ RePIC: what a rule can verify
+def oct_reward(answer, solution):
+    """Object consistency: 1 if the answer's only verdict, yes or no as a word of its own, is `solution`. (RePIC, section 3.1)"""
+    return float(set(re.findall(r"\b(yes|no)\b", answer.lower())) == {solution})
+
+
+def read_box(answer):
+    """The box (x1, y1, x2, y2) that an answer gives as [x1, y1, x2, y2], in JSON or not; None for none, or for several different ones."""
+    number = r"\s*(-?\d+(?:\.\d+)?)\s*"
+    found = {tuple(map(float, box)) for box in re.findall(rf"\[{number},{number},{number},{number}\]", answer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2), as areas of the plane; 0 where one of them is empty or inside out."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    common, area = max(0, width) * max(0, height), lambda box: max(0, box[2] - box[0]) * max(0, box[3] - box[1])
+    return common / (area(a) + area(b) - common) if common else 0.0
+
+
+def vlt_reward(answer, box, size, seen):
+    """Visual localization: 1 if the answer's box overlaps `box` with an IoU of at least 0.5. `box` is in pixels of a picture of `size`
+    (width, height), the answer in pixels of the picture as the model has `seen` it, resized. (RePIC, section 3.1)"""
+    read = read_box(answer)
+    scale = [size[i] / seen[i] for i in (0, 1)] * 2
+    return float(read is not None and iou([v * s for v, s in zip(read, scale)], box) >= 0.5)
+
+
+def ict_reward(answer, names, least):
+    """Identity consistency: the share of `names` (as "<name>") that a caption uses, letter by letter; 0 for a caption shorter than `least`
+    characters, or one that uses a name as a pair of tags, <name>...</name>. (RePIC, section 3.2 and, for the length, appendix)"""
+    if len(answer) < least or any(name.replace("<", "</") in answer for name in names):
+        return 0.0
+    return sum(name in answer for name in names) / len(names)

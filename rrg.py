@@ -7,10 +7,14 @@
     5 advantage     how much better than its G siblings is each description                                              (grpo.py)
     6 update        make the better ones likelier, staying close to the model with LoRA off                              (grpo.py)
 
+`--method repic` plays RePIC instead, the system it is compared with: stages 1, 3 and 4 are then questions whose answers a rule can verify
+(data.make_tasks, reward.py); `--method sft` is what both are compared with: no sampling, the same adapter learns given captions by heart.
+
 A claim about the background fails on the hard positive, a vague description fits the hard negatives too: what remains is what identifies.
 
     python rrg.py                                                        # the toy world, on a CPU, in minutes
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data my_photos/    # a real model and your photos, on one GPU
+    python rrg.py --method repic                                         # another method: repic or sft
     python rrg.py --out runs/x --resume                                  # go on with a run that was stopped or killed
 
 Where it departs from the paper and its authors' research code:
@@ -20,10 +24,13 @@ Where it departs from the paper and its authors' research code:
 3. The vision tower is frozen (grpo.py, departure 2).
 4. Sampling is plain: temperature 1, no top-k, top-p or penalties, whatever the checkpoint's own defaults say (Qwen2-VL's say top_k 1, which
    makes all G samples the same), so the distribution that is sampled is the one whose log-probabilities are trained.
+5. RePIC's group is one prompt. (Its code shuffled on each GPU and drew wordings anew, so a group's answers were to different questions.)
+6. SFT is the same update: one given answer a prompt, of advantage 1, without KL; its gradient is that of the cross-entropy.
 
 Shapes: B prompts, G samples a prompt, N = B*G rows, K candidates, P prompt length, C completion length, V vocabulary, D width.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -50,6 +57,7 @@ import data
 import grpo
 import reward
 import toy
+from data import KINDS
 
 # Qwen2-VL's layout, for checkpoints that come without one
 CHAT = ("{% for m in messages %}"
@@ -149,6 +157,11 @@ class MLLM:
             self.seen |= zip(batch, zip(features, pixels["image_grid_thw"]))
         return [self.seen[photo] for photo in photos]
 
+    def size(self, photo):
+        """(width, height) in pixels of a photo as the model sees it."""
+        [(_, (_, high, wide))] = self.look([photo])
+        return self.config.vision_config.patch_size * wide.item(), self.config.vision_config.patch_size * high.item()
+
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: what similarity is measured with."""
         return {photo.name: F.normalize(features.float().mean(0), dim=0).cpu() for photo, (features, _) in zip(photos, self.look(photos))}
@@ -214,16 +227,28 @@ class MLLM:
         texts = [self.tokenizer.decode(row[kept & ~torch.isin(row, self.ends)]) for row, kept in zip(ids, mask)]
         return Answers(ids, mask, logps, texts)
 
-    def speak(self, photos, samples=1, most=128, generator=None):
-        """Describe each of B photos `samples` times -> Answers, N = B * samples rows, a photo's samples together."""
+    def speak(self, prompts, samples=1, most=128, generator=None):
+        """Answer each of B prompts (photos, text) `samples` times -> Answers, N = B * samples rows, a prompt's samples together."""
         with torch.no_grad():
-            prefix = self.prefill([self.chat(photo, reward.SPEAK) for photo in photos], [[photo] for photo in photos])
-        return self.sample(prefix.rows(self.each(len(photos), samples)), most, generator)
+            prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
+        return self.sample(prefix.rows(self.each(len(prompts), samples)), most, generator)
 
-    def score(self, photos, ids):
-        """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B photos."""
-        prefix = self.prefill([self.chat(photo, reward.SPEAK) for photo in photos], [[photo] for photo in photos])
-        prefix = prefix.rows(self.each(len(photos), len(ids) // len(photos)))
+    def tell(self, prompts, most=128, progress=None):
+        """The greedy answers to any number of prompts (photos, text) -> texts."""
+        starts = tqdm(range(0, len(prompts), 32), desc=progress, leave=False, disable=not progress)
+        return sum([self.speak(prompts[i:i + 32], most=most).texts for i in starts], [])
+
+    def read_out(self, texts):
+        """Given texts in the form of sampled ones -> Answers, whose log-probs are yet to be scored."""
+        self.check(texts)
+        rows = self.tokenizer([text + self.tokenizer.eos_token for text in texts], add_special_tokens=False, padding=True, padding_side="right",
+                              return_tensors="pt").to(self.device)
+        return Answers(rows["input_ids"], rows["attention_mask"].bool(), None, texts)
+
+    def score(self, prompts, ids):
+        """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B prompts."""
+        prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
+        prefix = prefix.rows(self.each(len(prompts), len(ids) // len(prompts)))
         hidden = prefix.last[:, None]  # [N, 1, D]
         if ids.shape[1] > 1:
             hidden = torch.cat([hidden, self.carry_on(prefix, ids[:, :-1])], 1)  # [N, C, D]
@@ -255,10 +280,10 @@ class MLLM:
                 mine_now.last = self.carry_on(mine_now, ids, None if mask.all() else mask)[:, -1]  # [N, D]
                 yield chunk, mine_now
 
-    def listen(self, pairs):
-        """How well does each description fit its photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. LoRA is off here."""
+    def listen(self, pairs, frozen=True):
+        """How well does each description fit its photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. `frozen`: with LoRA off."""
         pairs, rho = [(photo, reward.quoted(text, self.markers)) for photo, text in pairs], {}
-        with grpo.lora_off(self.model):
+        with grpo.lora_off(self.model) if frozen else contextlib.nullcontext():
             for chunk, prefix in self.ask(reward.LISTEN, pairs):
                 rho |= zip(chunk, reward.fit(self.model.lm_head(prefix.last), self.yes, self.no).tolist())
         return torch.tensor([rho[pair] for pair in pairs])
@@ -290,6 +315,8 @@ class Config:
     data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts), or hub dataset such as google/dreambooth; "
                          "default: toy pictures")
     out: str = flag("", "run folder; default: runs/DATE-TIME")
+    method: str = flag("rrg", "what is trained: rrg the game, repic RePIC's verifiable tasks, sft captions that use the names, given",
+                       choices=("rrg", "repic", "sft"))
     seed: int = flag(0, "seed of splits, games, initial adapters and samples")
     steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
     games: int = flag(16, "games (prompts) a step")
@@ -299,9 +326,13 @@ class Config:
     negatives: str = flag("hard", "which distractors", choices=("hard", "random"))
     positive: str = flag("hard", "which other view of the target's concept: the least or the most similar one", choices=("hard", "easy"))
     reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
+    listener: str = flag("frozen", "who listens: the model with LoRA off, or as it is trained", choices=("frozen", "trained"))
     listener_weight: float = flag(1.0, "weight of the listener's reward (0 to 1)")
     format_weight: float = flag(1.0, "weight of the format reward (0 to 1)")
     length_weight: float = flag(0.1, "weight of the length reward (0 to 1)")
+    mix: str = flag(",".join(map("{:g}".format, KINDS.values())), f"repic: the shares of {', '.join(KINDS)}")
+    min_chars: int = flag(100, "repic: a caption shorter than this many characters earns nothing")
+    without: str = flag("none", "repic: leave out a task, or the least length of captions", choices=("none", "oct", "vlt", "ict", "length"))
     lr: float = flag(1e-5, "learning rate, reached after the warm-up, then falling linearly to 0")
     warmup: int = flag(10, "steps of warm-up")
     mu: int = flag(1, "updates on each batch of samples; the clip works from the second on")
@@ -319,7 +350,9 @@ class Config:
     save_every: int = flag(25, "steps between two saves of the resumable state")
 
 
-TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=4096)  # what the toy model needs instead
+TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=20736,
+           min_chars=30)  # what the toy model needs instead
+SFT = dict(samples=1, beta=0.0)  # it learns one given answer a prompt, and has no reference
 
 
 def settings(argv=None):
@@ -336,12 +369,18 @@ def settings(argv=None):
     given = vars(parser.parse_args(argv))
     if not given.pop("resume"):
         is_toy = pathlib.Path(given.get("model", toy.FOLDER)).resolve() == toy.FOLDER.resolve()
-        config = Config(**(TOY if is_toy else {}) | given)
+        is_sft = given.get("method") == "sft"
+        config = Config(**(TOY if is_toy else {}) | (SFT if is_sft else {}) | given)
         config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
         for name in ("samples", "k", "steps", "games", "mu", "micro", "max_tokens", "save_every", "eval_games", "rank"):
-            least = 2 if name in ("samples", "k") else 1
+            least = 2 if name in ("samples", "k") and not is_sft else 1
             if getattr(config, name) < least:
                 parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+        if is_sft and (config.samples, config.beta) != (1, 0):
+            parser.error("--method sft learns one given answer a prompt, without a penalty: leave out --samples and --beta")
+        if not re.fullmatch(r"(\d+(\.\d+)?,){3}\d+(\.\d+)?", config.mix) or not any(shares(config).values()):
+            parser.error(f"--mix wants the shares of {', '.join(KINDS)}, such as {Config.mix}, and what is left of them without "
+                         f"{config.without} must be more than 0")
         return config, False
     runs = [given["out"]] if "out" in given else sorted(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime)
     if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
@@ -353,10 +392,16 @@ def settings(argv=None):
     return Config(**saved), True
 
 
+def shares(config):
+    """{kind of task: its share}: of RePIC as --mix and --without say; SFT has the captions only."""
+    leave = {"sft": ("oct", "vlt"), "repic": (config.without,)}.get(config.method, ())
+    return {kind: float(share) * (kind.split("_")[-1] not in leave) for kind, share in zip(KINDS, config.mix.split(","))}
+
+
 # ---------------------------------------------------------------------------------------------------------------- the game
 METRICS = {  # the columns of metrics.csv, in words; all are means over the answers of the step unless they say otherwise
     "step": "training step, from 1",
-    "reward": "weighted sum of the three rewards below",
+    "reward": "of the game: weighted sum of the three rewards below; of RePIC: the task's",
     "listener_reward": "what the listener's choice pays",
     "format_reward": "0.34 + 0.33 + 0.33 for the well-formed fields",
     "length_reward": "1/3 for the coarse phrase, 2/3 for the detailed sentence having the length that was asked for",
@@ -364,6 +409,11 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
     "parsed": "share of answers that are well formed",
     "oracle": "toy only: share of answers whose every claim holds for the hard positive and for none of the negatives; never trained on",
     "leakage": "toy only: share of answers that mention place, pose or light",
+    "oct": "RePIC only, as the next three: share of verdicts that are right",
+    "vlt": "share of boxes that overlap the right one by half",
+    "single_ict": "share of captions that use the one name that was given",
+    "multi_ict": "share of the two or three given names that a caption uses",
+    "nll": "minus the mean log-probability of the answers' tokens: of sampled answers an estimate of the entropy, of given ones SFT's loss",
     "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
     "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update a step",
     "zero_std_groups": "share of games whose answers all earned the same, and so teach nothing",
@@ -383,7 +433,7 @@ def judge(mllm, games, texts, config):
     games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
     parsed = [reward.parse(text) for text in texts]
     asked = [(photo, answer.text) for game, answer in zip(games, parsed) if answer for photo in game.pool]
-    rho = iter(mllm.listen(asked).view(-1, len(games[0].pool)) if asked else [])
+    rho = iter(mllm.listen(asked, config.listener == "frozen").view(-1, len(games[0].pool)) if asked else [])
     rows = []
     for game, text, answer in zip(games, texts, parsed):
         row = dict(text=text, rho=None, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0,
@@ -402,30 +452,68 @@ def judge(mllm, games, texts, config):
     return rows
 
 
+def verify(mllm, tasks, texts, config):
+    """RePIC's stages 3 and 4, as `judge`: rows of {text, reward, the task's kind: the same reward}."""
+    tasks, rows = [task for task in tasks for _ in range(len(texts) // len(tasks))], []  # [N]
+    for task, text in zip(tasks, texts):
+        if task.kind == "oct":
+            pay = reward.oct_reward(text, task.solution)
+        elif task.kind == "vlt":
+            pay = reward.vlt_reward(text, *task.solution, seen=mllm.size(task.photos[-1]))
+        else:
+            pay = reward.ict_reward(text, task.solution, 0 if config.without == "length" else config.min_chars)
+        rows.append({"text": text, "reward": pay, task.kind: pay})
+    return rows
+
+
+def prompt(game):
+    """A game, or one of RePIC's tasks, as the speaker is asked -> (photos, text)."""
+    return ([game.target], reward.SPEAK) if isinstance(game, data.Game) else (game.photos, game.text)
+
+
 def mean(rows, key):
-    """Mean of a column, or None where the rows do not have it (only the toy world knows the truth)."""
+    """Mean of a column over the rows that have it, None where none has (only the toy world knows the truth)."""
     values = [row[key] for row in rows if key in row]
     return sum(values) / len(values) if values else None
 
 
 def play(mllm, games, step, config):
     """Stages 2 to 5 -> (answers, their reference log-probs [N, C], advantages [N], rows for the log)."""
+    def score():
+        with torch.no_grad():
+            return torch.cat([mllm.score(*part) for part in micro_batches(games, config, answers.ids)])
+
+    if config.method == "sft":
+        answers = mllm.read_out(written(mllm, games, config.max_tokens))
+        answers.logps = score()  # [N, C]
+        return answers, answers.logps, torch.ones(len(games), device=mllm.device), verify(mllm, games, answers.texts, config)
     generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
-    answers = mllm.speak([game.target for game in games], config.samples, config.max_tokens, generator)
-    rows = judge(mllm, games, answers.texts, config)
+    answers = mllm.speak([prompt(game) for game in games], config.samples, config.max_tokens, generator)
+    rows = (judge if config.method == "rrg" else verify)(mllm, games, answers.texts, config)
     rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
     advantages = grpo.group_advantages(rewards, std_floor=config.std_floor).flatten()  # [N]
-    with torch.no_grad(), grpo.lora_off(mllm.model):
-        ref_logps = torch.cat([mllm.score(targets, ids) for targets, ids, *_ in micro_batches(games, config, answers.ids)])
+    with grpo.lora_off(mllm.model):
+        ref_logps = score()  # [N, C]
     return answers, ref_logps, advantages, rows
 
 
+def written(mllm, tasks, most):
+    """The captions that SFT learns of the tasks' last pictures: in the toy world the truth, elsewhere what the model with LoRA off says of
+    each photo in at most `most` tokens, with the name before it."""
+    photos = list(dict.fromkeys(photo for task in tasks for _, photo in task.things))
+    if photos[0].truth:
+        return [" ".join(toy.clause(name, photo.truth) for name, photo in task.things) for task in tasks]
+    with grpo.lora_off(mllm.model):
+        said = dict(zip(photos, mllm.tell([([photo], "Give a caption of this picture.") for photo in photos], most)))
+    return [" ".join(f"{name}: {said[photo]}" for name, photo in task.things) for task in tasks]
+
+
 def micro_batches(games, config, *tensors):
-    """Yield (target photos, the rows of each tensor [N, ...] that belong to them), `config.micro` games at a time."""
+    """Yield (prompts, the rows of each tensor [N, ...] that belong to them), `config.micro` games at a time."""
     for start in range(0, len(games), config.micro):
         part = games[start:start + config.micro]
         rows = slice(start * config.samples, (start + len(part)) * config.samples)
-        yield [game.target for game in part], *(tensor[rows] for tensor in tensors)
+        yield [prompt(game) for game in part], *(tensor[rows] for tensor in tensors)
 
 
 def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
@@ -434,9 +522,9 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     log = {"kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
     for _ in range(config.mu):
-        for targets, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
+        for prompts, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
             loss, stats = grpo.grpo_loss(
-                mllm.score(targets, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
+                mllm.score(prompts, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
                 loss=config.loss, max_length=config.max_tokens, total=total)
             loss.backward()
             share = mask.sum().item() / answers.mask.sum().item() / config.mu
@@ -452,12 +540,11 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
 
 
 def measure(mllm, games, config):
-    """Greedy descriptions of held-out targets -> (figures as fractions, None where unknown; the rows they are means of)."""
-    texts = []
-    for start in tqdm(range(0, len(games), 32), desc="playing held-out games", leave=False):
-        texts += mllm.speak([game.target for game in games[start:start + 32]], most=config.max_tokens).texts
-    rows = judge(mllm, games, texts, config) if games else []
-    names = {"identification": "listener_accuracy", "oracle": "oracle", "leakage": "leakage", "coverage": "coverage", "parsed": "parsed"}
+    """Greedy answers in held-out games or tasks -> (figures as fractions, None where unknown; the rows they are means of)."""
+    texts = mllm.tell([prompt(game) for game in games], config.max_tokens, "playing held-out games")
+    names = dict(identification="listener_accuracy", oracle="oracle", leakage="leakage", coverage="coverage", parsed="parsed")
+    grade, names = (judge, names) if config.method == "rrg" else (verify, dict(zip(KINDS, KINDS)))
+    rows = grade(mllm, games, texts, config) if games else []
     return {name: mean(rows, key) for name, key in names.items()}, rows
 
 
@@ -466,8 +553,18 @@ def load_world(mllm, folder, seed):
     """-> (the concepts in a folder of photos, or of the toy world where there is none; the categories to keep unseen, None: by the rule)."""
     if folder:
         return data.load_concepts(folder), None
-    size = 64 if mllm.config.vision_config.patch_size == 8 else 224  # the toy tower's pictures, or 64 image tokens of a real one
-    return toy.world(seed, size), toy.UNSEEN
+    return toy.world(seed, side(mllm)), toy.UNSEEN
+
+
+def side(mllm):
+    """Pixels of a toy picture, and of a photo in a scene: as the toy tower knows them, or 64 image tokens of a real one."""
+    return toy.SIDE if mllm.config.vision_config.patch_size == 8 else 224
+
+
+def phrase(concept):
+    """What a thing is called by somebody who does not know its name: what it looks like in the toy world, else its category."""
+    truth = concept.photos[0].truth
+    return toy.phrase(truth) if truth else concept.category if concept.category != "object" else re.sub(r"[\W\d_]+", " ", concept.name).strip()
 
 
 def set_up(config, mllm):
@@ -476,11 +573,16 @@ def set_up(config, mllm):
     parts = data.split_concepts(concepts, config.seed, unseen)
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
-    embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
-    how = dict(negatives=config.negatives, positive=config.positive)
-    train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
-    held = [data.mine_games(part, embeddings, config.k, config.seed, pool=concepts) for part in parts[1:]]  # measured on hard games, always
-    held = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in held]
+    if config.method != "rrg":
+        make = lambda part, shares, count, seed: data.make_tasks(part, shares, count, reward.REPIC, phrase, side(mllm), seed)  # noqa: E731
+        train = make(parts[0], shares(config), config.steps * config.games, config.seed)  # each is met once
+        held = [make(part, dict.fromkeys(KINDS, 1.0), config.eval_games, f"held out {config.seed}") if len(part) > 1 else [] for part in parts[1:]]
+    else:
+        embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
+        how = dict(negatives=config.negatives, positive=config.positive)
+        train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
+        held = [data.mine_games(part, embeddings, config.k, config.seed, pool=concepts) for part in parts[1:]]  # measured on hard games, always
+        held = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in held]
     print(f"{len(concepts)} concepts: {len(parts[0])} to train on ({len(train)} games), {len(parts[1])} held out ({len(held[0])} games), "
           f"{len(parts[2])} of unseen categories ({len(held[1])} games)")
     return train, *held
@@ -494,8 +596,8 @@ def examine(mllm, seen, unseen, config):
 
 
 def showcase(games):
-    """Three held-out games to show, of different categories where there are any."""
-    first = {game.category: i for i, game in reversed(list(enumerate(games)))}
+    """Three held-out games to show, of different categories or kinds where there are any."""
+    first = {game.category if isinstance(game, data.Game) else game.kind: i for i, game in reversed(list(enumerate(games)))}
     return (sorted(first.values()) + [i for i in range(len(games)) if i not in first.values()])[:3]
 
 
@@ -561,18 +663,17 @@ def train(config, resume):
             log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)
             groups = torch.tensor([row["reward"] for row in rows]).view(-1, config.samples)  # [B, G]
             texts = [answers.texts[i:i + config.samples] for i in range(0, len(rows), config.samples)]
-            log |= {key: mean(rows, key) for key in METRICS if key in rows[0]} | dict(
-                step=step + 1, lr=lr, zero_std_groups=(groups.amax(1) == groups.amin(1)).float().mean().item(),
+            log |= {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
+                nll=-answers.logps[answers.mask].mean().item(), step=step + 1, lr=lr, zero_std_groups=(groups.amax(1) == groups.amin(1)).float().mean().item(),
                 distinct=mean([{"d": len(set(group)) / len(group)} for group in texts], "d"),
                 completion_length=answers.mask.sum(1).float().mean().item(), seconds=time.time() - started)
             seconds += log["seconds"]
             table.writerow({key: f"{value:.6g}" for key, value in log.items()})
             game = games[0]  # one game a step goes to the log with all its texts
-            record = dict(step=step + 1, concept=game.concept, target=game.target.name, pool=[photo.name for photo in game.pool],
-                          answer=game.answer, samples=rows[:config.samples])
+            record = dict(step=step + 1, **game.record(), samples=rows[:config.samples])
             samples_file.write(json.dumps(record) + "\n")
             metrics_file.flush(), samples_file.flush()
-            bar.set_postfix({"reward": f"{log['reward']:.2f}", "listener": f"{log['listener_accuracy']:.0%}", "kl": f"{log['kl']:.3f}"})
+            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "listener_accuracy", "nll", "kl") if key in log})
             if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
             if stopped:
@@ -600,10 +701,13 @@ def show(result, games, before, after, out):
     tell = lambda part, name: "-" if part is None or part[name] is None else f"{part[name]:.1%}"  # noqa: E731
     columns = [result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"]]
     print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
-    for name in ("identification", "oracle", "leakage", "coverage", "parsed"):
+    for name in [name for name in result["before"] if name != "unseen"]:
         cells = [tell(part, name) for part in columns]
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for game, old, new in zip(games, before, after):
+        if isinstance(game, data.Task):
+            print(f"\n{game.text!r} of {' + '.join(photo.name for photo in game.photos)}\n  before {old['text'][:300]!r}\n  after  {new['text'][:300]!r}")
+            continue
         print(f"\n{game.target.name} (the listener sees {', '.join(photo.name for photo in game.pool)})")
         for when, row in (("before", old), ("after", new)):
             belief = "not parsed" if row["rho"] is None else " ".join(f"{'*' if i == game.answer else ''}{rho:.2f}" for i, rho in enumerate(row["rho"]))

@@ -21,7 +21,7 @@ it does evaluate.py's three tasks, so that it fails at them where descriptions a
 
 Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
 1. The vision tower learns the attributes directly (one linear head per attribute, thrown away), then is frozen.
-2. A listener does not emerge from yes/no answers alone; a second throw-away head judges each claim word true or false.
+2. A listener does not emerge from yes/no answers alone; throw-away heads judge each claim word true or false, and say in what two things agree.
 3. Our prompts, and the pieces of the JSON they ask for, are single words of the vocabulary: a prompt costs one token and not a hundred.
 """
 import argparse
@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import pathlib
 import random
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import Concept, Photo, Question
-from reward import CAPTIONING, LISTEN, RECOGNITION, SPEAK, VQA, parse
+from data import Concept, Photo, Question, collage
+from reward import CAPTIONING, LISTEN, RECOGNITION, REPIC, SPEAK, VQA, parse
 
 FOLDER = pathlib.Path(__file__).parent / "toy-qwen2-vl"
 ATTRIBUTES = {
@@ -201,6 +202,16 @@ def sentence(truth, kinds):
     return " ".join(["A photo of a", *say("colour", "{}"), truth["category"]]), detailed
 
 
+def phrase(truth, kinds=IDENTITY):
+    """What to look for in a scene: "red striped mug with a star badge"."""
+    return sentence(truth, kinds)[1].removeprefix("The ").removesuffix(".")
+
+
+def clause(who, truth, short=False):
+    """What a caption says of one thing."""
+    return f"{who} is on {truth['place']}." if short else f"{who} is {truth['pose']} on {truth['place']} in {truth['light']} light."
+
+
 def claims(text):
     """What a text claims: [(kind, word), ...] in reading order. Every attribute has words of its own, so looking them up is a parse."""
     return [(KIND[word], word) for word in text.lower().replace(".", " ").replace(",", " ").split() if word in KIND]
@@ -223,13 +234,15 @@ def coverage(text):
 
 # --------------------------------------------------------------------------------------------- the checkpoint, from nothing
 WIDTH, LAYERS, BLOCKS = 128, 5, 3
+SIDE = 64  # of a photo, in pixels; a scene has 144, and a thing's box in it begins at one of these:
+EDGES = [0, 4, 8, 72, 76, 80]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>"]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}"
             "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
 SPOKEN = "<thinking> I see a {} . </thinking> <coarse> {} </coarse> <detailed> {} </detailed>"
 PROMPTS = {"speak": (SPEAK, ""), "listen": LISTEN, "recognition": RECOGNITION, "captioning": CAPTIONING, "vqa": VQA}
-JSON = ['{"Reasoning": "', '{"Answer": "', '", "Answer": "', '", "Caption": "', '"}']  # each one word of the vocabulary
+JSON = ['{"Reasoning": "', '{"Answer": "', '", "Answer": "', '", "Caption": "', '"}', '{"bbox_2d": [', ']}']  # each one word of the vocabulary
 NAMES = [f"<{category}-{number}>" for category in ATTRIBUTES["category"] for number in range(1, 13)]
 QUESTIONS = {"place": ("Where is {}?", "on {}"), "pose": ("How does {} stand?", "{}"), "light": ("What light is {} in?", "{} light")}
 SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "light": .65}  # how often a dense caption mentions each kind
@@ -240,11 +253,12 @@ def new_tokenizer():
     grammar = 'user assistant yes no Yes No system " , . : ? A B C photo of a The with badge on in light I see Where How What does stand is'.split()
     tags = "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>".split()
     names = sorted({part for name in NAMES for part in (name.split("-")[0], "##-" + name.split("-")[1])})  # <mug and ##-3>
-    words = SPECIAL + grammar + tags + list(KIND) + names
+    numbers = [str(edge + size) for size in (0, SIDE) for edge in EDGES]  # of boxes
+    words = SPECIAL + grammar + tags + list(KIND) + names + list(dict.fromkeys(numbers))
     core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.decoder = decoders.WordPiece(cleanup=False)
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[\w-]+>|\w+|[^\w\s]"), "removed", invert=True)
-    prompts = [part for pair in PROMPTS.values() for part in pair if part]
+    prompts = dict.fromkeys(part for pair in [*PROMPTS.values(), *sum(REPIC.values(), [])] for part in pair if part)
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in [*SPECIAL, *prompts, *JSON]])
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, unk_token="<unk>", pad_token="<|endoftext|>",
                                    eos_token="<|im_end|>", padding_side="left", clean_up_tokenization_spaces=True)
@@ -295,20 +309,43 @@ def fit(title, modules, loss_of, steps, peak=1.0):
             bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
 
 
-def fit_vision(model, processor, pictures, truths, steps, batch=32):
-    """Departure 1: the tower learns every attribute from a linear head on the mean of its image tokens."""
-    heads = torch.nn.ModuleDict({kind: torch.nn.Linear(WIDTH, len(words)) for kind, words in ATTRIBUTES.items()})
-    target = {kind: torch.tensor([words.index(truth[kind]) for truth in truths]) for kind, words in ATTRIBUTES.items()}
-    draw_of = torch.Generator().manual_seed(0)
+def new_scene(bank, rng):
+    """-> (one to four photos of the bank, their collage, their boxes)"""
+    photos = rng.sample(bank, rng.choice([1, 2, 3, 4, 4]))
+    return photos, *collage(photos, SIDE, rng.random())
+
+
+def tower(model, processor, photos):
+    """-> the photos' image tokens [tokens of all, WIDTH]"""
+    seen = processor(images=[photo.open() for photo in photos], return_tensors="pt")
+    return model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
+
+
+def fit_vision(model, processor, bank, steps, batch=16, scenes=6):
+    """Departure 1: the tower learns every attribute from a linear head on the mean of a thing's image tokens: all of a photo, and of a
+    scene those in its box, where two more heads learn the box's corner. A tower of single things only is lost in scenes."""
+    classes = ATTRIBUTES | {"x": EDGES, "y": EDGES}
+    heads = torch.nn.ModuleDict({kind: torch.nn.Linear(WIDTH, len(words)) for kind, words in classes.items()})
+    rng, centre = random.Random(0), 16 * torch.arange(9) + 8  # pixels
 
     def loss_of(step):
-        rows = torch.randint(len(pictures), (batch,), generator=draw_of)
-        seen = processor(images=list(pictures[rows.numpy()]), return_tensors="pt")
-        tokens = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output  # [batch * 16, WIDTH]
-        pooled = tokens.unflatten(0, (batch, -1)).mean(1)  # [batch, WIDTH]
-        logits = {kind: head(pooled) for kind, head in heads.items()}
-        right = {kind: (logits[kind].argmax(-1) == target[kind][rows]).float().mean().item() for kind in heads}
-        return sum(F.cross_entropy(logits[kind], target[kind][rows]) for kind in heads), right
+        alone, crowds = rng.sample(bank, batch), [new_scene(bank, rng) for _ in range(scenes)]
+        tokens = tower(model, processor, alone + [photo for _, photo, _ in crowds])
+        single, scene = tokens[:16 * batch].view(batch, 16, WIDTH), tokens[16 * batch:].view(scenes, 81, WIDTH)
+        boxes = torch.tensor([box for *_, boxes in crowds for box in boxes])[..., None]  # [things, 4, 1]
+        x, y = ((boxes[:, i] <= centre) & (centre < boxes[:, i + 2]) for i in (0, 1))  # [things, 9]
+        inside = (y[:, :, None] & x[:, None]).flatten(1).float()  # [things, 81], 16 of them 1
+        owner = [i for i, (photos, *_) in enumerate(crowds) for _ in photos]
+        pooled = torch.cat([single.mean(1), (inside[:, None] @ scene[owner]).squeeze(1) / 16])  # [batch + things, WIDTH]
+        truths = [photo.truth for photo in alone] + [
+            photo.truth | {"x": box[0], "y": box[1]} for photos, _, boxes in crowds for photo, box in zip(photos, boxes)]
+        loss, right = 0.0, {}
+        for kind, head in heads.items():
+            target = torch.tensor([classes[kind].index(truth[kind]) if kind in truth else -100 for truth in truths])
+            logits = head(pooled)
+            loss = loss + F.cross_entropy(logits, target)
+            right[kind] = (logits.argmax(-1) == target)[target >= 0].float().mean().item()
+        return loss, right
 
     fit("1/3 the vision tower learns to see", [model.model.visual, heads], loss_of, steps)
 
@@ -365,10 +402,101 @@ def lesson(task, truth, most, rng, names="own"):
         things = [itself if i == letter else foil() for i in range(many)]
         called = [call(thing, number) for thing, number in zip(things, numbers)]
         lines = [f"{'ABC'[i]}. {describe(things[i])} is {called[i]}" for i in range(many)]
-        caption = f"{called[letter]} is {truth['pose']} on {truth['place']} in {truth['light']} light."
-        return "\n".join(lines), f'{JSON[0]}{seen}{JSON[2]}{"ABC"[letter]}{JSON[3]}{caption}{JSON[4]}'
+        return "\n".join(lines), f'{JSON[0]}{seen}{JSON[2]}{"ABC"[letter]}{JSON[3]}{clause(called[letter], truth)}{JSON[4]}'
     question, options, right = quiz(truth, rng.choice(VIEW), rng)
     return f"{name}: {describe(itself)}\n{question.format(name)}\nA. {options['A']}\nB. {options['B']}", f'{JSON[1]}{right}{JSON[4]}'
+
+
+class Bank:
+    """What the language model learns from: photos of things alone, scenes of one to four of them, and what the tower sees in both."""
+
+    def __init__(self, photos, scenes, alone, crowds):
+        self.photos, self.scenes = photos, scenes  # [N] photos; [S] (photos, their boxes)
+        self.alone, self.crowds = alone, crowds  # [N, 16, WIDTH], [S, 81, WIDTH]
+        self.kin = defaultdict(list)  # an identity, or a category: the numbers of its photos
+        for i, photo in enumerate(photos):
+            self.kin[self.identity(photo)].append(i)
+            self.kin[photo.truth["category"]].append(i)
+        self.roomy = {many: [i for i, (photos, _) in enumerate(scenes) if len(photos) >= many] for many in range(5)}
+
+    @staticmethod
+    def identity(photo):
+        return tuple(photo.truth[kind] for kind in ("category", *IDENTITY))
+
+    def another(self, photo, rng):
+        """The number of a photo of the same thing, often another view of it."""
+        return rng.choice(self.kin[self.identity(photo)])
+
+
+def repic_lesson(task, bank, many, rng):
+    """One of RePIC's tasks -> (what the tower sees of its pictures, the text, the answer to learn, oct only: which of category, colour,
+    pattern and badge agree). `many` things are shown to an ict lesson before the scene; 0: one, and then a photo, not a scene.
+
+    These lessons are easy and their answers weak, so that there is something left to reinforce: what they show are mostly very different
+    things, captions seldom use names, and where not much is asked for they are short. Three in ten references are not in the scene, and
+    are never named.
+    """
+    wording = rng.randrange(len(REPIC[task]))
+    text = lambda middle: REPIC[task][wording][0] + middle + REPIC[task][wording][1]  # noqa: E731
+    call = lambda photo, number: f"<{photo.truth['category']}-{number}>"  # noqa: E731
+    if task == "oct":
+        first = rng.randrange(len(bank.photos))
+        thing = bank.photos[first]
+        second = rng.choice(rng.choice([bank.kin[bank.identity(thing)]] * 2 + [bank.kin[thing.truth["category"]], range(len(bank.photos))]))
+        agree = [a == b for a, b in zip(bank.identity(thing), bank.identity(bank.photos[second]))]
+        return [bank.alone[first], bank.alone[second]], text(call(thing, rng.randint(1, 12))), "yes" if all(agree) else "no", agree
+    if task == "vlt":
+        scene = rng.randrange(len(bank.scenes))
+        thing, box = rng.choice(list(zip(*bank.scenes[scene])))
+        told = phrase(thing.truth, rng.choice([IDENTITY, rng.sample(IDENTITY, 2), rng.sample(IDENTITY, 1)]))
+        return [bank.crowds[scene]], text(told), f"{JSON[5]}{', '.join(map(str, box))}{JSON[6]}", []
+    if many:
+        scene = rng.choice(bank.roomy[many])
+        shown, (things, boxes) = bank.crowds[scene], bank.scenes[scene]
+        things = [things[i] for i in sorted(range(len(things)), key=lambda i: (boxes[i][1] > SIDE, boxes[i][0]))]  # as one reads
+    else:
+        number = rng.randrange(len(bank.photos))
+        shown, things = bank.alone[number], [bank.photos[number]]
+    seen, names, known = [], [], {}
+    for thing, number in zip(rng.sample(things, max(1, many)), rng.sample(range(1, 13), 4)):
+        there = rng.random() < .7
+        reference = bank.another(thing, rng) if there else rng.randrange(len(bank.photos))
+        seen.append(bank.alone[reference])
+        names.append(call(bank.photos[reference], number))
+        if there:
+            known[thing] = names[-1]
+    named, short = rng.random() < (.05, .6, .05)[wording], rng.random() < (.6, .1, .1)[wording]
+    who = lambda thing: named and known.get(thing) or f"The {thing.truth['colour']} {thing.truth['category']}"  # noqa: E731
+    return [*seen, shown], text(", ".join(names)), " ".join(clause(who(thing), thing.truth, short) for thing in things), []
+
+
+def repic_batch(tokenizer, bank, task, many, rows, rng):
+    """`rows` lessons of one task, right-padded, pictures included -> ids, mask, labels and where an answer is decided, each [rows, T], the
+    pictures' features [tokens of all, WIDTH] and grids [pictures, 3], and for oct what agrees [rows, 4]."""
+    texts, first, seen, agree = [], [], [], []
+    for _ in range(rows):
+        pictures, text, answer, same = repic_lesson(task, bank, many, rng)
+        head, *rest = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]}],
+                                                    tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
+        question = head + "".join("<|image_pad|>" * len(tokens) + part for tokens, part in zip(pictures, rest))
+        texts.append(question + answer + "<|im_end|>")
+        first.append(len(tokenizer(question)["input_ids"]))
+        seen += pictures
+        agree.append(same)
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = targets(batch["input_ids"], batch["attention_mask"], torch.tensor(first)[:, None])
+    decisive = [word for word in tokenizer.get_vocab() if word.startswith("##") or word.isdigit() or word in ("yes", "no")]
+    decided = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(decisive)))
+    grids = torch.tensor([[1, 2 * math.isqrt(len(tokens)), 2 * math.isqrt(len(tokens))] for tokens in seen])
+    return batch["input_ids"], batch["attention_mask"], labels, decided, torch.cat(seen).float(), grids, torch.tensor(agree).float()
+
+
+def targets(ids, mask, first):
+    """The next token where it belongs to an answer, which begins at place first [rows, 1]; else -100. [rows, T]"""
+    answer = (torch.arange(ids.shape[1]) >= first) & mask.bool()
+    labels = torch.where(answer, ids, -100).roll(-1, 1)
+    labels[:, -1] = -100
+    return labels
 
 
 def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_names=False):
@@ -386,8 +514,7 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
             first.append(len(tokenizer(question)["input_ids"]))
     rows = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
     ids, place, first = rows["input_ids"], torch.arange(rows["input_ids"].shape[1])[None], torch.tensor(first)[:, None]  # [rows, T], [1, T], [rows, 1]
-    labels = torch.where((place >= first) & rows["attention_mask"].bool(), ids, -100).roll(-1, 1)
-    labels[:, -1] = -100
+    labels = targets(ids, rows["attention_mask"], first)
     token = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids(list(words)))  # noqa: E731
     facts = torch.stack([token(truth.values()) for truth in truths]).repeat_interleave(len(tasks), 0)  # [rows, 7]
     is_claim = torch.isin(ids, token(KIND)) & (place < first)
@@ -398,25 +525,24 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
     return ids, labels, verdicts, decided
 
 
-def fit_language(title, model, tokenizer, features, truths, steps, batch=24, whole_names=False):
+def fit_language(title, model, tokenizer, bank, steps, batch=24, whole_names=False):
     """Each question is its own continuation of the picture: packed into one row, they would answer each other.
 
     Names are of any category at first: where the photo tells half of a name, the other half is not learned to be copied from the right
     line (it stayed at chance for 1000 steps). With `whole_names` a gentle second helping of everything, in which things have names of
     their own categories, and both parts of a name weigh as much as any other answer.
     """
-    judge = torch.nn.Linear(WIDTH, 2)  # departure 2
-    rng, decoder = random.Random(0), model.model.language_model
+    judge, compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
+    rng, decoder, features, shown = random.Random(0), model.model.language_model, bank.alone, {}
     head, ask = chats(tokenizer)
     ids = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1]), return_tensors="pt")["input_ids"]  # [1, P]
     is_image = ids == model.config.image_token_id
-    side = 2 * math.isqrt(features.shape[1])
     positions, _ = model.model.get_rope_index(  # [3, 1, P]
-        ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, side, side]]))
+        ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, 8, 8]]))
 
     def losses(pick, tasks, step):
         most, names = 6 if whole_names else min(6, 1 + 6 * step // 400), "own" if whole_names else "any"
-        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [truths[i] for i in pick], most, rng, names, whole_names)
+        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [bank.photos[i].truth for i in pick], most, rng, names, whole_names)
         prefix = decoder.embed_tokens(ids).expand(len(pick), -1, -1)  # [pictures, P, WIDTH]
         prefix = prefix.masked_scatter(is_image[..., None], features[pick].float())
         cache = DynamicCache()
@@ -431,14 +557,31 @@ def fit_language(title, model, tokenizer, features, truths, steps, batch=24, who
         claim = F.cross_entropy(judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
         return F.cross_entropy(logits, labels[decided]), F.cross_entropy(model.lm_head(hidden[told]), labels[told]), claim, right.tolist()
 
+    def repic_loss(step):
+        task = ("oct", "vlt", "ict")[step % 3]
+        rows, mask, labels, decided, images, grids, agree = repic_batch(tokenizer, bank, task, step // 3 % 5, batch // 2, rng)
+        is_image = rows == model.config.image_token_id
+        place, _ = model.model.get_rope_index(rows, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, rows, T]
+        hidden = decoder(inputs_embeds=decoder.embed_tokens(rows).masked_scatter(is_image[..., None], images), position_ids=place,
+                         use_cache=False).last_hidden_state  # [rows, T, WIDTH]
+        told = (labels >= 0) & ~decided
+        loss = F.cross_entropy(model.lm_head(hidden[told]), labels[told])
+        if decided.any():  # captions do not always call a thing by its name
+            logits = model.lm_head(hidden[decided])
+            loss = loss + F.cross_entropy(logits, labels[decided])
+            shown[task] = (logits.argmax(-1) == labels[decided]).float().mean().item()
+        if task == "oct":
+            loss = loss + F.binary_cross_entropy_with_logits(compare(hidden[decided]), agree)
+        return loss
+
     def loss_of(step):
-        pick = [rng.randrange(len(truths)) for _ in range(batch)]
+        pick = [rng.randrange(len(bank.photos)) for _ in range(batch)]
         answer, caption, claim, right = losses(pick, ("speak", "listen", "listen", "recognition", "vqa"), step)
         choice, chosen, match, picked = losses(pick[:batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
         figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
-        return answer + caption + claim + choice + chosen + match, figures
+        return answer + caption + claim + choice + chosen + match + repic_loss(step), figures | shown
 
-    fit(title, [decoder, judge], loss_of, steps, peak=.3 if whole_names else 1.0)
+    fit(title, [decoder, judge, compare], loss_of, steps, peak=.3 if whole_names else 1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- for the game
@@ -486,7 +629,7 @@ def report_card(mllm, photos=2000):
         view, jitter = new_view(rng)
         truth = new_thing(rng, fresh=True) | view
         subjects.append(Photo(f"report/{number}", functools.partial(draw, truth, jitter), truth))
-    texts = mllm.speak(subjects, most=56, generator=torch.Generator().manual_seed(0)).texts
+    texts = mllm.speak([([photo], SPEAK) for photo in subjects], most=56, generator=torch.Generator().manual_seed(0)).texts
     said = [(kind, word == photo.truth[kind]) for photo, text in zip(subjects, texts) for kind, word in claims(text)]
     true, false = [], {kind: [] for kind in ATTRIBUTES}
     for photo in subjects:
@@ -512,23 +655,23 @@ def build(folder, pictures, vision_steps, language_steps):
     """Draw the pictures, train the tower, freeze it, train the language model, and save an ordinary checkpoint folder in 16 bit."""
     torch.manual_seed(0)
     with multiprocessing.Pool() as pool:
-        bank = list(tqdm(pool.imap(new_photo, range(pictures), chunksize=100), total=pictures, desc="drawing"))
-    truths, bank = [truth for _, truth in bank], np.stack([picture for picture, _ in bank])
+        drawn = list(tqdm(pool.imap(new_photo, range(pictures), chunksize=100), total=pictures, desc="drawing"))
+    photos = [Photo(f"bank/{i}", functools.partial(Image.fromarray, picture), truth) for i, (picture, truth) in enumerate(drawn)]
     tokenizer = new_tokenizer()
     model = new_model(tokenizer)
-    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=64 * 64, max_pixels=64 * 64)
+    processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=SIDE ** 2, max_pixels=(9 * SIDE // 4) ** 2)
     if vision_steps:
-        fit_vision(model, processor, bank, truths, vision_steps)
+        fit_vision(model, processor, photos, vision_steps)
     else:
         made = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         model.model.visual.load_state_dict(made.model.visual.state_dict())
     model.model.visual.requires_grad_(False)
-    features = []
-    for start in tqdm(range(0, pictures, 64), desc="encoding"):  # frozen from here on: each picture goes through the tower once
-        seen = processor(images=list(bank[start:start + 64]), return_tensors="pt")
-        tokens = model.model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
-        features.append(tokens.unflatten(0, (-1, 16)).half())  # [pictures, 16, WIDTH]
-    taught = model, tokenizer, torch.cat(features), truths
+    rng = random.Random(1)
+    scenes = [new_scene(photos, rng) for _ in range(pictures // 4)]
+    encode = lambda some, tokens: torch.cat([tower(model, processor, some[i:i + 64]).unflatten(0, (-1, tokens)).half()  # noqa: E731
+                                             for i in tqdm(range(0, len(some), 64), desc="encoding")])  # [pictures, tokens, WIDTH]
+    taught = model, tokenizer, Bank(photos, [(things, boxes) for things, _, boxes in scenes], encode(photos, 16),
+                                    encode([scene for _, scene, _ in scenes], 81))
     fit_language("2/3 the language model learns to speak, to listen and to answer", *taught, language_steps)
     fit_language("3/3 ... and to call a thing by its whole name", *taught, max(1, language_steps // 12), whole_names=True)
     for part in (model.half(), tokenizer, processor):
@@ -539,12 +682,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="do not train, only print the report card of the checkpoint in --out")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="checkpoint folder (default toy-qwen2-vl)")
-    parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from (default 40000)")
-    parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 32 pictures for the vision tower (default 6000); 0 keeps the tower that is in --out")
+    parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from, and a quarter as many scenes of them (default 40000)")
+    parser.add_argument("--vision-steps", type=int, default=4000, help="steps of 16 pictures and 6 scenes for the vision tower (default 4000); 0 keeps the tower that is in --out")
     parser.add_argument("--language-steps", type=int, default=4000, help="steps of 24 pictures for the language model (default 4000)")
     args = parser.parse_args()
     if not args.report:
         build(args.out, args.pictures, args.vision_steps, args.language_steps)
     import rrg  # it imports this file, so only now: the report card is taken with the very code that plays the game
 
-    report_card(rrg.MLLM(args.out, 64 * 64))
+    report_card(rrg.MLLM(args.out, SIDE ** 2))

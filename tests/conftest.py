@@ -9,8 +9,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # so that a test's subprocesses and `python -m pytest` from elsewhere find the scripts
 
 import data  # noqa: E402
+import reward  # noqa: E402
 import rrg  # noqa: E402
 import toy  # noqa: E402
+
+
+def asking(photos):
+    """The speaker's prompts about single photos."""
+    return [([photo], reward.SPEAK) for photo in photos]
 
 
 @pytest.fixture(scope="session")

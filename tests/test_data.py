@@ -140,6 +140,64 @@ def test_same_seed_same_games():
     assert [g.target.name for g in games[:3]] == ["a/0", "a/1", "a/2"] and [g.answer for g in games[:6]] == [0, 2, 1, 1, 1, 1]  # on every machine
 
 
+def painted(name, category, views=3):
+    """A concept whose photos are squares of one colour, so that they can be found in a scene again."""
+    hue = sum(map(ord, name)) * 37
+    picture = lambda i: Image.new("RGB", (40 + i, 32), (hue % 255, 40 * i, hue // 255 % 255))  # noqa: E731
+    return data.Concept(name, category, [data.Photo(f"{name}/{i}", lambda i=i: picture(i)) for i in range(views)])
+
+
+def test_scenes_show_each_photo_in_its_box():
+    photos = [painted(name, "mug").photos[1] for name in "abcd"]
+    for many in (1, 2, 3, 4):
+        scene, boxes = data.collage(photos[:many], 64, 5)
+        picture = scene.open()
+        assert picture.size == (144, 144) and len(set(boxes)) == many and scene == data.collage(photos[:many], 64, 5)[0]
+        for photo, (x1, y1, x2, y2) in zip(photos, boxes):
+            assert (x2 - x1, y2 - y1) == (64, 64) and 0 <= x1 and x2 <= 144 and 0 <= y1 and y2 <= 144
+            assert picture.crop((x1, y1, x2, y2)).getcolors() == [(64 * 64, photo.open().getpixel((0, 0)))]
+        assert picture.getcolors()[0][0] >= 0 and sum(n for n, colour in picture.getcolors() if colour == (128, 128, 128)) == 144 ** 2 - many * 64 ** 2
+    assert data.collage(photos, 64, 5)[0].name != data.collage(photos, 64, 6)[0].name  # the name says what is where
+
+
+PROMPTS = {"oct": [("O(", ")"), ("o(", ")")], "vlt": [("V(", ")")], "ict": [("I(", ")")]}
+
+
+def test_tasks_are_what_repic_asks():
+    concepts = [painted(f"{category} {i}", category) for category in ("mug", "dog") for i in range(3)]
+    make = lambda shares, count=200: data.make_tasks(concepts, shares, count, PROMPTS, lambda c: c.category, 64, 3)  # noqa: E731
+    owner = {photo.name: concept for concept in concepts for photo in concept.photos}
+    tasks = make({"oct": 1})
+    same = [owner[a.name] is owner[b.name] for a, b in (task.photos for task in tasks)]
+    assert [task.solution for task in tasks] == ["yes" if s else "no" for s in same] and 80 < sum(same) < 120
+    kin = [owner[a.name].category == owner[b.name].category for (a, b), s in zip((task.photos for task in tasks), same) if not s]
+    assert 0.5 < sum(kin) / len(kin) < 0.9 and all(task.photos[0] != task.photos[1] for task in tasks)
+    assert {task.text[:2] for task in tasks} == {"O(", "o("} and all(task.text[2:-1] == data.tag(owner[task.photos[0].name].name) for task in tasks)
+    for task in make({"vlt": 1}, 60):
+        box, size = task.solution
+        assert size == task.photos[0].open().size and task.photos[0].open().crop(box).getpixel((5, 5)) == task.things[0][1].open().getpixel((0, 0))
+        categories = [owner[photo.name].category for _, photo in task.things]
+        assert task.text == f"V({categories[0]})" and categories.count(categories[0]) == 1  # what is looked for is there once
+    for kind, sizes in (("single_ict", {1}), ("multi_ict", {2, 3})):
+        tasks = make({kind: 1}, 60)
+        assert {len(task.solution) for task in tasks} == sizes
+        for task in tasks:
+            *references, scene = task.photos
+            assert [data.tag(owner[photo.name].name) for photo in references] == task.solution and task.text == f"I({', '.join(task.solution)})"
+            assert {name for name, _ in task.things} == set(task.solution) and not {photo for _, photo in task.things} & set(references)
+            assert all(data.tag(owner[photo.name].name) == name for name, photo in task.things)
+
+
+def test_tasks_come_in_their_shares_and_are_seeded():
+    concepts = [painted(f"mug {i}", "mug") for i in range(4)]
+    make = lambda seed, shares=data.KINDS: data.make_tasks(concepts, shares, 1000, PROMPTS, lambda c: c.name, 64, seed)  # noqa: E731
+    kinds = [task.kind for task in make(0)]
+    assert all(abs(kinds.count(kind) - 10 * share) < 45 for kind, share in data.KINDS.items()) and sum(data.KINDS.values()) == 100
+    assert make(0) == make(0) != make(1) and not {"oct", "multi_ict"} & {task.kind for task in make(0, data.KINDS | {"oct": 0, "multi_ict": 0})}
+    with pytest.raises(data.DataError, match="two concepts"):
+        data.make_tasks(concepts[:1], data.KINDS, 1, PROMPTS, lambda c: c.name, 64, 0)
+
+
 def test_splits_are_by_concept_and_seeded():
     concepts = [data.Concept(f"{category}{i}", category, []) for category in "abcdef" for i in range(5)]
     train, test, unseen = data.split_concepts(concepts, 0)

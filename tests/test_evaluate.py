@@ -1,6 +1,7 @@
 """Evaluation: every figure against one worked out by hand, and the tasks on a small toy world."""
 import argparse
 import json
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import data
 import evaluate
 import grpo
+import reward
 import rrg
 import toy
 from conftest import ROOT
@@ -175,6 +177,8 @@ def test_a_bare_adapter_gives_the_row_of_base(tmp_path, monkeypatch, capsys):
     result = json.loads(out.read_text())
     assert result["seed"] == 0 and list(result["rows"]) == ["base", str(tmp_path / "adapter")]
     base, bare = result["rows"].values()
+    assert {f"names_{many}_{how}_f1" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")} <= base["seen"].keys()
+    assert base["seen"]["names_1_right_f1"] is not None and base["seen"]["names_4_right_f1"] is None  # two concepts make no scene of four
     assert base == bare
     needed = {"captioning_f1", "captioning_precision", "captioning_recall", "recognition_positive", "recognition_negative", "recognition_weighted",
               "vqa", "leakage", "retrieval_ceiling", "unparsed"}
@@ -189,7 +193,38 @@ def test_a_bare_adapter_gives_the_row_of_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--database", str(tmp_path / "table-base-database.json"), "--out", str(out)])
     evaluate.main(evaluate.settings())  # descriptions that were written down are worth the same
     again = json.loads(out.read_text())["rows"]
-    assert again["base"] == base and list(again.values())[1] == base
+    shared = {part: {key: value for key, value in row.items() if not re.match(r"names_\d", key)} for part, row in base.items()}
+    assert again["base"] == base and list(again.values())[1] == shared  # but for captions from pictures, for which it needs the model
+
+
+def test_grounding_gives_the_references_it_says(toy_mllm, monkeypatch):
+    """Right, retrieved and wrong references, by a caption writer that uses every name it is given."""
+    concepts = toy.world(7, concepts=3, views=3)
+    split = {concept.name: (concept.photos[:1], concept.photos[1:]) for concept in concepts}
+    asked = []
+
+    def parrot(prompts, most, progress):
+        asked.extend(prompts)
+        return [" ".join(re.findall(r"<[\w-]+>", text)) for _, text in prompts]
+
+    monkeypatch.setattr(toy_mllm, "tell", parrot)
+    row = evaluate.grounding(toy_mllm, toy_mllm, concepts, concepts[:10], split, argparse.Namespace(**OPTIONS))
+    for many in (1, 2, 4):
+        assert row[f"names_{many}_right_f1"] == row[f"names_{many}_wrong_f1"] == 1  # a parrot is perfect with right ones, and falls for wrong ones
+        assert 0 < row[f"names_{many}_retrieved_f1"] <= 1
+    owner = {photo.name: concept.name for concept in concepts for photo in concept.photos}
+    per_kind = [asked[i:i + evaluate.SCENES] for i in range(0, len(asked), evaluate.SCENES)]
+    assert len(per_kind) == 9
+    for (many, how), prompts in zip([(m, h) for m in (1, 2, 4) for h in ("right", "retrieved", "wrong")], per_kind):
+        for photos, text in prompts:
+            *references, query = photos
+            shown = {owner[part.split(" at ")[0]] for part in query.name.split("; ")}
+            assert len(shown) == many and all(photo in split[owner[photo.name]][0] for photo in references)
+            named = re.findall(r"<([\w-]+)>", text)
+            assert named == [owner[photo.name] for photo in references]  # each name stands for its picture, in order
+            if how != "retrieved":
+                assert len(named) == many and (set(named) == shown if how == "right" else not set(named) & shown)
+    assert {text.split(": ")[1].split(".\n")[1] for _, text in asked} == {after.split(".\n")[1] for _, after in reward.REPIC["ict"]}
 
 
 def test_descriptions_that_are_not_in_form_are_counted(random_mllm):

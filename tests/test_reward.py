@@ -68,3 +68,46 @@ def test_a_scoring_failure_raises():
             reward.listener_reward(torch.tensor([[bad, 0.5]]), torch.tensor([1]))
     with pytest.raises(ValueError, match="unknown reward"):
         reward.listener_reward(torch.tensor([[0.2, 0.5]]), torch.tensor([1]), "best")
+
+
+# ------------------------------------------------------------------------------------------------ RePIC
+@pytest.mark.parametrize("answer, yes, no", [
+    ("yes", 1, 0), ("No.", 0, 1), ("The answer is YES!", 1, 0), ("", 0, 0), ("I cannot know", 0, 0), ("another note", 0, 0), ("yesterday", 0, 0),
+    ("I know it: yes", 1, 0), ("yes and no", 0, 0), ("no, no", 0, 1), ("**Yes**", 1, 0)])
+def test_object_consistency_counts_words_only(answer, yes, no):
+    """RePIC's code found "no" in know, cannot and another."""
+    assert (reward.oct_reward(answer, "yes"), reward.oct_reward(answer, "no")) == (yes, no)
+
+
+@pytest.mark.parametrize("answer, box", [
+    ("[1,2,3,4]", (1, 2, 3, 4)), ("[ 1.5 , 2 , 3.25 , 4 ]", (1.5, 2, 3.25, 4)), ('{"bbox_2d": [10, 20, 30, 40]}', (10, 20, 30, 40)),
+    ('```json\n[{"bbox_2d": [-1, 0, 3, 4], "label": "mug"}]\n```', (-1, 0, 3, 4)), ("[1, 2, 3]", None), ("1, 2, 3, 4", None), ("[x1, y1, x2, y2]", None),
+    ("[1,2,3,4] or [1,2,3,5]", None), ("[1,2,3,4], yes [1, 2, 3, 4]", (1, 2, 3, 4)), ("[1.,2,3,4]", None), ("", None)])
+def test_boxes_are_read_with_decimals_and_spaces(answer, box):
+    """RePIC's code read whole numbers only, and none after a space."""
+    assert reward.read_box(answer) == box
+
+
+def test_iou_by_hand():
+    assert reward.iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1 and reward.iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0
+    assert math.isclose(reward.iou((0, 0, 2, 2), (1, 1, 3, 3)), 1 / 7)
+    assert math.isclose(reward.iou((0, 0, 10, 10), (9, 0, 19, 10)), 10 / 190)  # one pixel wide: RePIC's code counted none
+    assert reward.iou((2, 2, 0, 0), (0, 0, 2, 2)) == 0 and reward.iou((1, 1, 1, 1), (0, 0, 2, 2)) == 0
+    assert math.isclose(reward.iou((0, 0, .5, .5), (0, 0, .5, .25)), .5)
+
+
+def test_localization_needs_half_an_overlap_in_the_pixels_the_model_saw():
+    worth = lambda answer, seen=(100, 100): reward.vlt_reward(answer, (0, 0, 40, 40), (100, 100), seen)  # noqa: E731
+    assert worth("[0, 0, 40, 20]") == 1 and worth("[0, 0, 40, 19]") == 0 and worth("nowhere") == 0
+    assert worth("[0, 0, 80, 40]", seen=(200, 100)) == 1 and worth("[0, 0, 80, 40]") == 1 and worth("[0, 0, 80, 80]") == 0
+    assert worth("[0, 0, 80, 80]", seen=(200, 200)) == 1  # RePIC's code compared it unscaled
+    assert worth("[40, 40, 0, 0]") == 0
+
+
+def test_identity_consistency_counts_names():
+    long = "<bo> stands beside <mia> on a meadow."
+    assert reward.ict_reward(long, ["<bo>"], 30) == 1 and reward.ict_reward(long, ["<bo>", "<mia>", "<x>"], 30) == pytest.approx(2 / 3)
+    assert reward.ict_reward(long, ["<bo>"], len(long)) == 1 and reward.ict_reward(long, ["<bo>"], len(long) + 1) == 0  # exactly long enough passes
+    assert reward.ict_reward(long, ["<Bo>"], 0) == 0 and reward.ict_reward("bo is here", ["<bo>"], 0) == 0 and reward.ict_reward("<bo-1>", ["<bo>"], 0) == 0
+    assert reward.ict_reward("<bo> a dog </bo> and <mia>", ["<bo>", "<mia>"], 0) == 0  # RePIC's code paid it where there are several names
+    assert reward.ict_reward("<bo> a dog </bo>", ["<bo>"], 0) == 0

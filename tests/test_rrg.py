@@ -18,24 +18,24 @@ import grpo
 import reward
 import rrg
 import toy
-from conftest import ROOT
+from conftest import ROOT, asking
 
 
-def plain_logps(mllm, photo, ids):
-    """Log-probs of one answer by the model's own forward pass: no cache, no shared prefix, no padding."""
-    (features, grid), = mllm.look([photo])
-    prompt = mllm.chat(photo, reward.SPEAK).replace(mllm.image, mllm.image * len(features))
+def plain_logps(mllm, photo, ids, *more, text=reward.SPEAK):
+    """Log-probs of one answer by the model's own forward pass: no cache, no shared prefix, no padding. `more` photos follow the first."""
+    head, *rest = mllm.chat(photo, *more, text).split(mllm.image)
+    prompt = head + "".join(mllm.image * len(features) + part for (features, _), part in zip(mllm.look([photo, *more]), rest))
     prompt = torch.tensor(mllm.encode(prompt))
     row = torch.cat([prompt, ids])[None]
-    pixels = mllm.processor(images=[photo.open()], return_tensors="pt")
+    pixels = mllm.processor(images=[picture.open() for picture in (photo, *more)], return_tensors="pt")
     logits = mllm.model(input_ids=row, mm_token_type_ids=(row == mllm.config.image_token_id).int(), **pixels).logits[0]
     return logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, ids[:, None]).squeeze(1)
 
 
 def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
     """Three picture sizes, so left padding; G = 4, so shared prefixes."""
-    answers = random_mllm.speak(photos, samples=4, most=12, generator=torch.Generator().manual_seed(1))
-    scored = random_mllm.score(photos, answers.ids)
+    answers = random_mllm.speak(asking(photos), samples=4, most=12, generator=torch.Generator().manual_seed(1))
+    scored = random_mllm.score(asking(photos), answers.ids)
     mask = answers.mask
     assert mask.shape == (12, answers.ids.shape[1]) and torch.allclose(scored[mask], answers.logps[mask], atol=1e-5)
     # the plain model cannot read an answer in which an untrained model happened to write an image marker; ours can
@@ -44,6 +44,17 @@ def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
     for row in readable:
         ids = answers.ids[row][mask[row]]
         assert torch.allclose(plain_logps(random_mllm, photos[row // 4], ids), answers.logps[row][mask[row]], atol=1e-5)
+
+
+def test_several_pictures_in_a_prompt_are_read_as_the_plain_model_reads_them(random_mllm, photos):
+    """One, two and three pictures of different sizes in one batch, each before its text."""
+    groups = [photos[:1], photos[1:], [photos[2], photos[0], photos[1]]]
+    texts = [reward.SPEAK, "".join(reward.LISTEN), "red mug"]
+    ids = torch.randint(8, 70, (6, 5))
+    scored = random_mllm.score(list(zip(groups, texts)), ids)
+    for row in range(6):
+        group = groups[row // 2]
+        assert torch.allclose(plain_logps(random_mllm, group[0], ids[row], *group[1:], text=texts[row // 2]), scored[row], atol=1e-5)
 
 
 def test_qwen25_vl_plays_too(tmp_path, photos):
@@ -61,7 +72,7 @@ def test_qwen25_vl_plays_too(tmp_path, photos):
     mllm = rrg.MLLM(str(tmp_path), 65536)
     assert not any("visual" in name for name in grpo.add_lora(mllm.model, 2, 4))  # its tower has layers of the same names
     ids = torch.randint(8, 70, (3, 6))
-    scored = mllm.score(photos, ids)
+    scored = mllm.score(asking(photos), ids)
     for row in range(3):
         assert torch.allclose(plain_logps(mllm, photos[row], ids[row]), scored[row], atol=1e-5)
 
@@ -79,16 +90,16 @@ def test_gradients_through_the_shared_prefix_equal_the_plain_ones(random_mllm, p
         (logps * weights).sum().backward()
         return torch.cat([p.grad.flatten() for p in random_mllm.model.parameters() if p.requires_grad])
 
-    shared = gradients(random_mllm.score(photos, ids))
+    shared = gradients(random_mllm.score(asking(photos), ids))
     plain = gradients(torch.stack([plain_logps(random_mllm, photos[row // 2], ids[row]) for row in range(6)]))
-    one_by_one = gradients(torch.cat([random_mllm.score(photos[i:i + 1], ids[2 * i:2 * i + 2]) for i in range(3)]))
+    one_by_one = gradients(torch.cat([random_mllm.score(asking(photos[i:i + 1]), ids[2 * i:2 * i + 2]) for i in range(3)]))
     assert torch.allclose(shared, plain, atol=1e-4 * plain.abs().max()) and torch.allclose(shared, one_by_one, atol=1e-4 * plain.abs().max())
 
 
 def test_answers_end_at_either_end_of_text(random_mllm, photos):
     ends = random_mllm.ends.tolist()
     assert len(ends) == 2
-    answers = random_mllm.speak(photos, samples=40, most=40, generator=torch.Generator().manual_seed(0))
+    answers = random_mllm.speak(asking(photos), samples=40, most=40, generator=torch.Generator().manual_seed(0))
     seen = set()
     for ids, mask, text in zip(answers.ids.tolist(), answers.mask.tolist(), answers.texts):
         stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
@@ -100,10 +111,10 @@ def test_answers_end_at_either_end_of_text(random_mllm, photos):
 
 def test_samples_differ_whatever_the_checkpoint_asks_for(random_mllm, photos):
     assert random_mllm.model.generation_config.top_k == 1
-    texts = random_mllm.speak(photos[:1], samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
+    texts = random_mllm.speak(asking(photos[:1]), samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
     assert len(set(texts)) == 8
-    assert texts == random_mllm.speak(photos[:1], samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
-    assert len(set(random_mllm.speak(photos[:1], samples=3, most=10).texts)) == 1  # greedy
+    assert texts == random_mllm.speak(asking(photos[:1]), samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
+    assert len(set(random_mllm.speak(asking(photos[:1]), samples=3, most=10).texts)) == 1  # greedy
 
 
 def test_sampling_follows_the_models_own_distribution(random_mllm, photos):
@@ -157,19 +168,91 @@ def test_the_listener_is_the_model_with_lora_off(random_folder, photos):
     for layer in grpo.lora_layers(mllm.model).values():
         torch.nn.init.normal_(layer.lora_B.weight)
     assert torch.equal(mllm.listen([(photos[0], "A photo of a mug. The mug.")]), before)
+    assert not torch.equal(mllm.listen([(photos[0], "A photo of a mug. The mug.")], frozen=False), before)  # --listener trained
 
 
 def test_a_failing_listener_raises(toy_mllm, monkeypatch):
     game = game_of(toy.world(0))
-    monkeypatch.setattr(toy_mllm, "listen", lambda pairs: torch.full((len(pairs),), torch.nan))
+    monkeypatch.setattr(toy_mllm, "listen", lambda pairs, frozen: torch.full((len(pairs),), torch.nan))
     with pytest.raises(ValueError, match="scoring has failed"):
         rrg.judge(toy_mllm, [game], ["<thinking> a </thinking> <coarse> A photo of a mug </coarse> <detailed> The mug. </detailed>"], rrg.Config())
 
 
 def test_what_cannot_be_parsed_is_never_shown_to_the_listener(toy_mllm, monkeypatch):
-    monkeypatch.setattr(toy_mllm, "listen", lambda pairs: pytest.fail("the listener was asked"))
+    monkeypatch.setattr(toy_mllm, "listen", lambda pairs, frozen: pytest.fail("the listener was asked"))
     row, = rrg.judge(toy_mllm, [game_of(toy.world(0))], ["The mug."], rrg.Config())
     assert row["reward"] == row["listener_reward"] == row["parsed"] == 0 and row["rho"] is None
+
+
+# -------------------------------------------------------------------------------------------------------- RePIC and SFT
+def make_tasks(kind, count=12, concepts=None):
+    concepts = concepts or toy.world(0, concepts=3, views=3)
+    return data.make_tasks(concepts, {kind: 1.0}, count, reward.REPIC, rrg.phrase, toy.SIDE, 0)
+
+
+def test_each_task_is_paid_by_its_own_rule(toy_mllm):
+    pay = lambda task, *texts, **how: [row["reward"] for row in rrg.verify(toy_mllm, [task], texts, rrg.Config(min_chars=30, **how))]  # noqa: E731
+    task = make_tasks("oct", 1)[0]
+    assert pay(task, task.solution, "know", "yes no") == [1, 0, 0]
+    task = make_tasks("vlt", 1)[0]
+    (x1, y1, x2, y2), size = task.solution
+    assert size == (144, 144) == task.photos[0].open().size == toy_mllm.size(task.photos[0])
+    assert pay(task, f"[{x1}, {y1}, {x2}, {y2}]", f"[{x1}, {y1}, {x2}, {y1 + 20}]") == [1, 0]
+    task = make_tasks("multi_ict", 1)[0]
+    named = " ".join(f"{name} is here and nowhere else." for name in task.solution)
+    assert pay(task, named, task.solution[0], named.replace(task.solution[0], "it")) == [1, 0, 1 - 1 / len(task.solution)]
+    assert pay(task, task.solution[0], without="length") == [1 / len(task.solution)]
+    row, = rrg.verify(toy_mllm, [task], [named], rrg.Config(min_chars=30))
+    assert row == {"text": named, "reward": 1.0, "multi_ict": 1.0}
+
+
+def test_boxes_are_mapped_through_the_resize_the_model_saw(toy_mllm, random_mllm):
+    task = make_tasks("vlt", 1)[0]
+    assert random_mllm.size(task.photos[0]) == (144, 144)
+    small = rrg.MLLM(str(toy.FOLDER), 72 * 72)  # a processor that halves the scene: to 64 pixels, since sides are multiples of 16
+    assert small.size(task.photos[0]) == (64, 64)
+    box = [v * 64 / 144 for v in task.solution[0]]
+    assert rrg.verify(small, [task], [str(box)], rrg.Config())[0]["reward"] == 1
+
+
+def test_the_answers_of_a_group_are_to_one_prompt(toy_mllm):
+    """RePIC's code shuffled its data on every GPU and drew a wording for every answer."""
+    config = rrg.Config(method="repic", samples=4, max_tokens=8, micro=2)
+    tasks, asked, speak = make_tasks("single_ict", 3), [], toy_mllm.speak
+    toy_mllm.speak = lambda prompts, samples, *rest: (asked.append((prompts, samples)), speak(prompts, samples, *rest))[1]
+    try:
+        answers, ref, advantages, rows = rrg.play(toy_mllm, tasks, 0, config)
+    finally:
+        del toy_mllm.speak
+    assert asked == [([(task.photos, task.text) for task in tasks], 4)] and len(rows) == 12 == len(advantages)
+    assert all("single_ict" in row for row in rows) and torch.allclose(ref[answers.mask], answers.logps[answers.mask], atol=1e-4)
+
+
+def test_sft_is_cross_entropy(random_folder):
+    """The update of given answers with advantage 1 has the gradient of the plain cross-entropy, each caption weighing the same."""
+    mllm = rrg.MLLM(str(random_folder), 65536)
+    torch.manual_seed(0)
+    grpo.add_lora(mllm.model, 4, 8)
+    for layer in grpo.lora_layers(mllm.model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    parameters = [p for p in mllm.model.parameters() if p.requires_grad]
+    tasks = [make_tasks("multi_ict", 1)[0], make_tasks("single_ict", 1)[0]]
+    config = rrg.Config(method="sft", micro=1, **rrg.SFT)
+    answers, ref, advantages, rows = rrg.play(mllm, tasks, 0, config)
+    assert answers.texts == rrg.written(mllm, tasks, 0) and all(row["reward"] == 1 for row in rows)  # the given captions use every name
+    assert all(mllm.tokenizer.decode(ids[mask]).endswith("<|im_end|>") for ids, mask in zip(answers.ids, answers.mask))
+
+    class Keep(torch.optim.SGD):
+        def step(self):
+            self.kept = torch.cat([p.grad.flatten() for p in parameters])
+
+    optimizer = Keep(parameters, lr=0.0)
+    log = rrg.update(mllm, tasks, answers, ref, advantages, optimizer, config)
+    mllm.model.zero_grad()
+    loss = -sum(plain_logps(mllm, task.photos[0], ids[mask], *task.photos[1:], text=task.text).mean() for task, ids, mask in zip(tasks, answers.ids, answers.mask)) / 2
+    loss.backward()
+    plain = torch.cat([p.grad.flatten() for p in parameters])
+    assert torch.allclose(optimizer.kept / optimizer.kept.norm(), plain / plain.norm(), atol=1e-4) and log["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def game_of(concepts):
@@ -254,6 +337,30 @@ def test_ctrl_c_saves_first(whole_run, tmp_path):
     assert rows(out) == rows(whole_run[0]) and same_adapter(out, whole_run[0])
 
 
+@pytest.mark.parametrize("method", ["repic", "sft"])
+def test_other_methods_run_and_resume_alike(method, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    options = ["--method", method, "--steps", "4", "--games", "4", "--eval-games", "8", "--save-every", "2", "--mix", "1,1,1,1"]
+    options += ["--samples", "4"] if method == "repic" else []
+    done = run("--out", whole, *options)
+    assert done.returncode == 0, done.stderr
+    result, kinds = json.loads((whole / "result.json").read_text()), {"oct", "vlt", "single_ict", "multi_ict"}
+    for when in ("before", "after"):
+        assert set(result[when]) == kinds | {"unseen"} and all(0 <= result[when][kind] <= 1 for kind in kinds)
+    assert all(kind in done.stdout for kind in kinds) and "before" in done.stdout
+    record = json.loads((whole / "samples.jsonl").read_text().splitlines()[0])
+    assert record["kind"] in kinds and len(record["samples"]) == (4 if method == "repic" else 1)
+    half.mkdir()
+    process = subprocess.Popen([sys.executable, "rrg.py", "--out", str(half), *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (half / "metrics.csv").exists() or len(rows(half)) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert run("--out", half, "--resume").returncode == 0
+    assert rows(half) == rows(whole) and same_adapter(half, whole)
+
+
 def test_several_updates_a_batch_really_clip(tmp_path):
     out = tmp_path / "mu"
     assert run(*small(out, "--mu", "4", "--lr", "0.02", "--warmup", "0", "--steps", "2", "--loss", "dapo")).returncode == 0
@@ -269,6 +376,9 @@ def test_micro_batches_do_not_change_the_run(whole_run, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--samples", "1"], "--samples must be at least 2"),
     (["--reward", "best"], "invalid choice"),
+    (["--method", "repic", "--mix", "1,2,3"], "--mix wants the shares of oct, vlt, single_ict, multi_ict"),
+    (["--method", "repic", "--mix", "1,0,0,0", "--without", "oct"], "what is left of them without oct must be more than 0"),
+    (["--method", "sft", "--beta", "0.1"], "leave out --samples and --beta"),
     (["--resume", "--out", "nowhere"], "nothing to resume: nowhere has no state.pt"),
     (["--data", "nowhere"], "error: nowhere is not a folder"),
     (["--model", "nowhere/at-all"], "error: cannot load the model nowhere/at-all"),
