@@ -126,22 +126,18 @@ def paste(photos, boxes, size):
     return canvas
 
 
-def scene_size(side):
-    return 2 * side + 4 * (side // 16)
-
-
 def collage(photos, side, seed):
     """A scene of one to four photos, each cut to a square of `side` pixels, in different cells of a two by two grid, a little off its lines.
 
     -> (Photo of 2.25 `side` pixels, for each photo its box (x1, y1, x2, y2) in these pixels). So any folder of photos has boxes and
     pictures of several known things.
     """
-    rng, gap, size = random.Random(f"collage {seed} {[photo.name for photo in photos]}"), side // 16, scene_size(side)
+    rng, gap = random.Random(f"collage {seed} {[photo.name for photo in photos]}"), side // 16
     cells = rng.sample([(x, y) for y in (0, side + 2 * gap) for x in (0, side + 2 * gap)], len(photos))
     corners = [(x + gap * rng.randrange(3), y + gap * rng.randrange(3)) for x, y in cells]
     boxes = [(x, y, x + side, y + side) for x, y in corners]
     name = "; ".join(f"{photo.name} at {x},{y}" for photo, (x, y) in zip(photos, corners))
-    return Photo(name, partial(paste, photos, boxes, size)), boxes
+    return Photo(name, partial(paste, photos, boxes, 9 * side // 4)), boxes
 
 
 def natural(path):
@@ -474,32 +470,24 @@ def make_tasks(concepts, shares, count, prompts, phrase, side, seed):
     kinds, tasks = random.Random(f"kinds {seed}").choices(list(shares), list(shares.values()), k=count), []
     for number, kind in enumerate(kinds):
         rng = random.Random(f"task {seed} {number}")
-        order = rng.sample(concepts, len(concepts))
-        concept, others = order[0], order[1:]
-        known, query = rng.sample(concept.photos, 2)
+        concept, *others = rng.sample(concepts, len(concepts))
         before, after = rng.choice(prompts[kind.split("_")[-1]])
-        if kind == "oct":
-            kin = [other for other in others if other.category == concept.category]
-            solution = rng.choice(["yes", "no"])
-            owner = concept if solution == "yes" else rng.choice([others[0], (kin or others)[0]])
-            photos, middle = [known, query if owner is concept else rng.choice(owner.photos)], tag(concept.name)
-            things = [(tag(owner.name), photos[1])]
+        named = [concept, *others[:rng.choice([1, 2])]] if kind == "multi_ict" else [concept]  # shown one by one, with their names
+        shown = named  # by the last picture
+        if kind == "oct" and rng.random() < 0.5:
+            kin = [other for other in others if other.category == concept.category] or others
+            shown = [rng.choice([others, kin])[0]]
         elif kind == "vlt":
-            others = [other for other in others if phrase(other) != phrase(concept)][:rng.choice([1, 2, 3, 3])]
-            shown = [query, *(rng.choice(other.photos) for other in others)]
-            scene, boxes = collage(shown, side, f"{seed} {number}")
-            photos, middle, solution = [scene], phrase(concept), (boxes[0], (scene_size(side),) * 2)
-            things = [(tag(owner.name), photo) for owner, photo in zip([concept, *others], shown)]
-        else:
-            several = [concept, *others[:rng.choice([1, 2]) if kind == "multi_ict" else 0]]
-            pairs = [(known, query), *(rng.sample(other.photos, 2) for other in several[1:])]
-            views = [view for _, view in pairs]
-            scene, boxes = collage(views, side, f"{seed} {number}") if len(views) > 1 else (query, [(0, 0)])
-            photos, solution = [*(reference for reference, _ in pairs), scene], [tag(owner.name) for owner in several]
-            middle = ", ".join(solution)
-            lie = [(box[1] >= side, box[0]) for box in boxes]  # the upper row first, each from the left: as one reads
-            things = [(solution[i], views[i]) for i in sorted(range(len(views)), key=lie.__getitem__)]
-        tasks.append(Task(kind, photos, before + middle + after, solution, things))
+            shown, named = [concept, *[other for other in others if phrase(other) != phrase(concept)][:rng.choice([1, 2, 3, 3])]], []
+        views = {other.name: rng.sample(other.photos, 2) for other in [*named, *shown]}  # of each a photo for its name, another to be shown
+        things = [(tag(other.name), views[other.name][1]) for other in shown]
+        scene, boxes = collage([photo for _, photo in things], side, f"{seed} {number}")
+        last = scene if kind in ("vlt", "multi_ict") else things[0][1]
+        names = [tag(other.name) for other in named]
+        solution = {"oct": "yes" if shown is named else "no", "vlt": (boxes[0], (9 * side // 4,) * 2)}.get(kind, names)
+        lie = sorted(zip(boxes, things), key=lambda pair: (pair[0][1] >= side, pair[0][0]))  # as one reads: the upper row first, from the left
+        tasks.append(Task(kind, [views[other.name][0] for other in named] + [last], before + (", ".join(names) or phrase(concept)) + after,
+                          solution, [thing for _, thing in lie]))
     return tasks
 
 

@@ -210,26 +210,22 @@ def grounding(mllm, embedder, known, tested, split, options):
     `known` and `tested` are concepts, `split` {concept name: (reference photos, test photos)}. A wrong reference shows a thing that is
     not in the picture; its name counts, and should not be there. (RePIC, tables 1 to 3)
     """
-    figures, prompts, wanted = {}, [], {}
-    reference = {concept.name: split[concept.name][0][0] for concept in known}
+    figures, reference = {}, {concept.name: split[concept.name][0][0] for concept in known}
     vectors = embedder.embed([*reference.values(), *(photo for concept in tested for photo in split[concept.name][1])])
     memory = torch.stack([vectors[photo.name] for photo in reference.values()])  # [C, D]
     for many, how in itertools.product((1, 2, 4), ("right", "retrieved", "wrong")):
-        wanted[many, how] = rows = []
+        prompts, rows = [], []
         for number in range(SCENES if len(tested) >= many and len(known) >= 2 * many else 0):
             rng = random.Random(f"scene {options.seed} {many} {number}")
-            things = [(concept.name, rng.choice(split[concept.name][1])) for concept in rng.sample(tested, many)]
-            names, photos = [name for name, _ in things], [photo for _, photo in things]
-            others = rng.sample([name for name in reference if name not in names], many)
+            names = [concept.name for concept in rng.sample(tested, many)]
+            photos, others = [rng.choice(split[name][1]) for name in names], rng.sample([name for name in reference if name not in names], many)
             nearest = dict.fromkeys(list(reference)[(memory @ vectors[photo.name]).argmax()] for photo in photos)
-            given = {"right": names, "retrieved": list(nearest), "wrong": others}[how]
+            given = {"right": names, "retrieved": nearest, "wrong": others}[how]
             picture = photos[0] if many == 1 else data.collage(photos, rrg.side(mllm), number)[0]
             before, after = reward.REPIC["ict"][number % 3]
             prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
             rows.append([tag(name) for name in (others if how == "wrong" else names)])
-    captions = iter(mllm.tell(prompts, options.max_tokens, "calling by name"))
-    for (many, how), rows in wanted.items():
-        scores = name_grounding([(names, next(captions)) for names in rows])
+        scores = name_grounding(list(zip(rows, mllm.tell(prompts, options.max_tokens, "calling by name"))))
         figures |= {f"names_{many}_{how}_{key}": value if rows else None for key, value in scores.items()}
     return figures
 
@@ -283,14 +279,12 @@ def show(rows):
             counts = next(iter(some.values()))["counts"]
             print(f"\n{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
                   f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions\n")
-            print("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-            for name, figures in some.items():
-                cells = ["-" if figures[key] is None else f"{figures[key]:.1f}" if key == "words" else f"{figures[key]:.1%}" for key in COLUMNS]
-                print(f"| {name} | " + " | ".join(cells) + " |")
-            print(f"\nF1 of names in captions of {SCENES} pictures each, by the things in the picture and the references that are given (of wrong ones few is "
-                  "good)\n\n| | " + " | ".join(GROUNDING.values()) + " |\n" + "|---" * (len(GROUNDING) + 1) + "|")
-            for name, figures in some.items():
-                print(f"| {name} | " + " | ".join("-" if figures.get(key) is None else f"{figures[key]:.1%}" for key in GROUNDING) + " |")
+            for columns, title in ((COLUMNS, ""), (GROUNDING, "\nnames in captions (F1), by how many things there are and which references are given\n\n")):
+                print(title + "| | " + " | ".join(columns.values()) + " |\n" + "|---" * (len(columns) + 1) + "|")
+                for name, figures in some.items():
+                    values = {key: figures.get(key) for key in columns}
+                    cells = ["-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}" for key, value in values.items()]
+                    print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def table(mllm, embedder, options, models):

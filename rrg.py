@@ -159,8 +159,7 @@ class MLLM:
 
     def size(self, photo):
         """(width, height) in pixels of a photo as the model sees it."""
-        [(_, (_, high, wide))] = self.look([photo])
-        return self.config.vision_config.patch_size * wide.item(), self.config.vision_config.patch_size * high.item()
+        return tuple(self.config.vision_config.patch_size * n for n in self.look([photo])[0][1].tolist()[:0:-1])  # of its grid (time, height, width)
 
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: what similarity is measured with."""
@@ -168,6 +167,7 @@ class MLLM:
 
     def prefill(self, texts, photos):
         """Read B prompts once. texts [B] with an image marker for each picture, photos [B] lists of the pictures -> Prefix."""
+        self.look([photo for group in photos for photo in group])  # all that are new at once
         views = [self.look(group) for group in photos]
         full = []
         for text, group in zip(texts, views, strict=True):
@@ -315,8 +315,7 @@ class Config:
     data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts), or hub dataset such as google/dreambooth; "
                          "default: toy pictures")
     out: str = flag("", "run folder; default: runs/DATE-TIME")
-    method: str = flag("rrg", "what is trained: rrg the game, repic RePIC's verifiable tasks, sft captions that use the names, given",
-                       choices=("rrg", "repic", "sft"))
+    method: str = flag("rrg", "how to learn: by the game, by RePIC's tasks, or from given captions", choices=("rrg", "repic", "sft"))
     seed: int = flag(0, "seed of splits, games, initial adapters and samples")
     steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
     games: int = flag(16, "games (prompts) a step")
@@ -350,8 +349,8 @@ class Config:
     save_every: int = flag(25, "steps between two saves of the resumable state")
 
 
-TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=20736,
-           min_chars=30)  # what the toy model needs instead
+# What the toy model needs instead
+TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=20736, min_chars=30)
 SFT = dict(samples=1, beta=0.0)  # it learns one given answer a prompt, and has no reference
 
 
@@ -369,18 +368,16 @@ def settings(argv=None):
     given = vars(parser.parse_args(argv))
     if not given.pop("resume"):
         is_toy = pathlib.Path(given.get("model", toy.FOLDER)).resolve() == toy.FOLDER.resolve()
-        is_sft = given.get("method") == "sft"
-        config = Config(**(TOY if is_toy else {}) | (SFT if is_sft else {}) | given)
+        config = Config(**(TOY if is_toy else {}) | (SFT if given.get("method") == "sft" else {}) | given)
         config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
         for name in ("samples", "k", "steps", "games", "mu", "micro", "max_tokens", "save_every", "eval_games", "rank"):
-            least = 2 if name in ("samples", "k") and not is_sft else 1
+            least = 2 if name in ("samples", "k") and config.method != "sft" else 1
             if getattr(config, name) < least:
                 parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-        if is_sft and (config.samples, config.beta) != (1, 0):
+        if config.method == "sft" and (config.samples, config.beta) != (1, 0):
             parser.error("--method sft learns one given answer a prompt, without a penalty: leave out --samples and --beta")
         if not re.fullmatch(r"(\d+(\.\d+)?,){3}\d+(\.\d+)?", config.mix) or not any(shares(config).values()):
-            parser.error(f"--mix wants the shares of {', '.join(KINDS)}, such as {Config.mix}, and what is left of them without "
-                         f"{config.without} must be more than 0")
+            parser.error(f"--mix wants the shares of {', '.join(KINDS)}, such as {Config.mix}; not all that are left may be 0")
         return config, False
     runs = [given["out"]] if "out" in given else sorted(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime)
     if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
@@ -409,10 +406,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
     "parsed": "share of answers that are well formed",
     "oracle": "toy only: share of answers whose every claim holds for the hard positive and for none of the negatives; never trained on",
     "leakage": "toy only: share of answers that mention place, pose or light",
-    "oct": "RePIC only, as the next three: share of verdicts that are right",
-    "vlt": "share of boxes that overlap the right one by half",
-    "single_ict": "share of captions that use the one name that was given",
-    "multi_ict": "share of the two or three given names that a caption uses",
+    **{kind: f"RePIC only: what the answers to {kind} tasks earned (reward.{kind.split('_')[-1]}_reward)" for kind in KINDS},
     "nll": "minus the mean log-probability of the answers' tokens: of sampled answers an estimate of the entropy, of given ones SFT's loss",
     "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
     "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update a step",

@@ -31,7 +31,8 @@ def test_evaluation_commands_are_understood(command):
     assert evaluate.settings(shlex.split(command)[2:]).k == 3
 
 
-@pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py", "benchmarks/sharing.py"])
+@pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py", "benchmarks/sharing.py",
+                                    "benchmarks/study.py"])
 def test_help_teaches(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python " + script in done.stdout
