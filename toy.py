@@ -428,13 +428,13 @@ class Bank:
         return rng.choice(self.kin[self.identity(photo)])
 
 
-def repic_lesson(task, bank, many, rng):
+def repic_lesson(task, bank, many, rng, named=True):
     """One of RePIC's tasks -> (what the tower sees of its pictures, the text, the answer to learn, oct only: which of category, colour,
     pattern and badge agree). `many` things are shown to an ict lesson before the scene; 0: one, and then a photo, not a scene.
 
     These lessons are easy and their answers weak, so that there is something left to reinforce: what they show are mostly very different
     things, captions seldom use names, and where not much is asked for they are short. Three in ten references are not in the scene, and
-    are never named.
+    are never named; without `named` none is.
     """
     wording = rng.randrange(len(REPIC[task]))
     text = lambda middle: REPIC[task][wording][0] + middle + REPIC[task][wording][1]  # noqa: E731
@@ -465,17 +465,17 @@ def repic_lesson(task, bank, many, rng):
         names.append(call(bank.photos[reference], number))
         if there:
             known[thing] = names[-1]
-    named, short = rng.random() < (.05, .6, .05)[wording], rng.random() < (.6, .1, .1)[wording]
+    named, short = named and rng.random() < (.05, .6, .05)[wording], rng.random() < (.6, .1, .1)[wording]
     who = lambda thing: named and known.get(thing) or f"The {thing.truth['colour']} {thing.truth['category']}"  # noqa: E731
     return [*seen, shown], text(", ".join(names)), " ".join(clause(who(thing), thing.truth, short) for thing in things), []
 
 
-def repic_batch(tokenizer, bank, task, many, rows, rng):
+def repic_batch(tokenizer, bank, task, many, rows, rng, named=True):
     """`rows` lessons of one task, right-padded, pictures included -> ids, mask, labels and where an answer is decided, each [rows, T], the
     pictures' features [tokens of all, WIDTH] and grids [pictures, 3], and for oct what agrees [rows, 4]."""
     texts, first, seen, agree = [], [], [], []
     for _ in range(rows):
-        pictures, text, answer, same = repic_lesson(task, bank, many, rng)
+        pictures, text, answer, same = repic_lesson(task, bank, many, rng, named)
         head, *rest = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]}],
                                                     tokenize=False, add_generation_prompt=True).split("<|image_pad|>")
         question = head + "".join("<|image_pad|>" * len(tokens) + part for tokens, part in zip(pictures, rest))
@@ -529,8 +529,9 @@ def fit_language(title, model, tokenizer, bank, steps, batch=24, whole_names=Fal
     """Each question is its own continuation of the picture: packed into one row, they would answer each other.
 
     Names are of any category at first: where the photo tells half of a name, the other half is not learned to be copied from the right
-    line (it stayed at chance for 1000 steps). With `whole_names` a gentle second helping of everything, in which things have names of
-    their own categories, and both parts of a name weigh as much as any other answer.
+    line (it stayed at chance for 1000 steps); and captions with names of the things that pictures show make it copy any one of the names
+    (at 1500 steps still). With `whole_names` a gentle second helping of everything, in which things have names of their own categories
+    everywhere, and both parts of a name weigh as much as any other answer.
     """
     judge, compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
     rng, decoder, features, shown = random.Random(0), model.model.language_model, bank.alone, {}
@@ -559,7 +560,7 @@ def fit_language(title, model, tokenizer, bank, steps, batch=24, whole_names=Fal
 
     def repic_loss(step):
         task = ("oct", "vlt", "ict")[step % 3]
-        rows, mask, labels, decided, images, grids, agree = repic_batch(tokenizer, bank, task, step // 3 % 5, batch // 2, rng)
+        rows, mask, labels, decided, images, grids, agree = repic_batch(tokenizer, bank, task, step // 3 % 5, batch // 2, rng, whole_names)
         is_image = rows == model.config.image_token_id
         place, _ = model.model.get_rope_index(rows, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, rows, T]
         hidden = decoder(inputs_embeds=decoder.embed_tokens(rows).masked_scatter(is_image[..., None], images), position_ids=place,
@@ -673,7 +674,7 @@ def build(folder, pictures, vision_steps, language_steps):
     taught = model, tokenizer, Bank(photos, [(things, boxes) for things, _, boxes in scenes], encode(photos, 16),
                                     encode([scene for _, scene, _ in scenes], 81))
     fit_language("2/3 the language model learns to speak, to listen and to answer", *taught, language_steps)
-    fit_language("3/3 ... and to call a thing by its whole name", *taught, max(1, language_steps // 12), whole_names=True)
+    fit_language("3/3 ... and to call a thing by its whole name", *taught, max(1, language_steps // 8), whole_names=True)
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)
 
