@@ -22,8 +22,7 @@ it does evaluate.py's three tasks, so that it fails at them where descriptions a
 Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
 1. The vision tower learns the attributes directly (one linear head per attribute, thrown away), then is frozen.
 2. A listener does not emerge from yes/no answers alone; throw-away heads judge each claim word true or false, and say in what two things agree.
-3. Before it sees a picture, the language model learns to copy, by a drill; large ones bring that from reading.
-4. Our prompts, and the pieces of the JSON they ask for, are single words of the vocabulary: a prompt costs one token and not a hundred.
+3. Our prompts, and the pieces of the JSON they ask for, are single words of the vocabulary: a prompt costs one token and not a hundred.
 """
 import argparse
 import functools
@@ -250,7 +249,7 @@ SAID = {"colour": .7, "pattern": .45, "badge": .45, "place": .65, "pose": .65, "
 
 
 def new_tokenizer():
-    """Word-level: a token is a word, a tag, a punctuation mark, half a name, or one whole prompt of ours (departure 4)."""
+    """Word-level: a token is a word, a tag, a punctuation mark, half a name, or one whole prompt of ours (departure 3)."""
     grammar = 'user assistant yes no Yes No system " , . : ? A B C photo of a The with badge on in light I see Where How What does stand is'.split()
     tags = "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>".split()
     names = sorted({part for name in NAMES for part in (name.split("-")[0], "##-" + name.split("-")[1])})  # <mug and ##-3>
@@ -526,30 +525,13 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
     return ids, labels, verdicts, decided
 
 
-def fit_copying(title, model, tokenizer, steps, rows=48, many=6):
-    """Departure 3: text alone, `many` names and the same ones again in another order, of which the second half is learned. To find a word
-    again and say what followed it takes minutes here; from captions it was not learned in 1000 steps, and names were picked at random."""
-    rng, decoder = random.Random(0), model.model.language_model
-
-    def loss_of(step):
-        texts = []
-        for _ in range(rows):
-            names = [f"<{category}-{rng.randint(1, 12)}>" for category in rng.sample(ATTRIBUTES["category"], many)]
-            texts.append(" ".join(names + rng.sample(names, many)))
-        ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [rows, 4 many]: two words a name
-        hidden = decoder(inputs_embeds=decoder.embed_tokens(ids), use_cache=False).last_hidden_state  # [rows, 4 many, WIDTH]
-        logits, number = model.lm_head(hidden[:, 2 * many::2]), ids[:, 2 * many + 1::2]  # [rows, many, V], [rows, many]
-        return F.cross_entropy(logits.flatten(0, 1), number.flatten()), {"right": (logits.argmax(-1) == number).float().mean().item()}
-
-    fit(title, [decoder], loss_of, steps)
-
-
-def fit_language(title, model, tokenizer, bank, steps, batch=24, whole_names=False):
+def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, repic=True, whole_names=False):
     """Each question is its own continuation of the picture: packed into one row, they would answer each other.
 
     Names are of any category at first: where the photo tells half of a name, the other half is not learned to be copied from the right
-    line (it stayed at chance for 1000 steps). With `whole_names` a gentle second helping of everything, in which things have names of
-    their own categories, and both parts of a name weigh as much as any other answer.
+    line (it stayed at chance for 1000 steps). `repic` adds the lessons of RePIC's tasks, which come when the rest is learned: with them
+    from the start, captions still called things by any name of the prompt after 1500 steps. With `whole_names` a gentle last helping of
+    everything, in which things have names of their own categories, and both parts of a name weigh as much as any other answer.
     """
     judge, compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
     rng, decoder, features, shown = random.Random(0), model.model.language_model, bank.alone, {}
@@ -598,9 +580,9 @@ def fit_language(title, model, tokenizer, bank, steps, batch=24, whole_names=Fal
         answer, caption, claim, right = losses(pick, ("speak", "listen", "listen", "recognition", "vqa"), step)
         choice, chosen, match, picked = losses(pick[:batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
         figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
-        return answer + caption + claim + choice + chosen + match + repic_loss(step), figures | shown
+        return answer + caption + claim + choice + chosen + match + (repic_loss(step) if repic else 0), figures | shown
 
-    fit(title, [decoder, judge, compare], loss_of, steps, peak=.3 if whole_names else 1.0)
+    fit(title, [decoder, judge, compare], loss_of, steps, peak)
 
 
 # -------------------------------------------------------------------------------------------------------- for the game
@@ -691,9 +673,9 @@ def build(folder, pictures, vision_steps, language_steps):
                                              for i in tqdm(range(0, len(some), 64), desc="encoding")])  # [pictures, tokens, WIDTH]
     taught = model, tokenizer, Bank(photos, [(things, boxes) for things, _, boxes in scenes], encode(photos, 16),
                                     encode([scene for _, scene, _ in scenes], 81))
-    fit_copying("2/4 the language model learns to copy", model, tokenizer, max(1, language_steps // 6))
-    fit_language("3/4 ... to speak, to listen and to answer", *taught, language_steps)
-    fit_language("4/4 ... and to call a thing by its whole name", *taught, max(1, language_steps // 12), whole_names=True)
+    fit_language("2/4 the language model learns to speak, to listen and to answer", *taught, language_steps, repic=False)
+    fit_language("3/4 ... to compare, to find and to caption scenes, too", *taught, max(1, language_steps // 2), peak=.5)
+    fit_language("4/4 ... and to call a thing by its whole name", *taught, max(1, language_steps // 12), peak=.3, whole_names=True)
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)
 
