@@ -345,7 +345,7 @@ class Config:
     max_tokens: int = flag(128, "longest description, in tokens")
     max_pixels: int = flag(401408, "photos are shrunk to at most this many pixels (401408 = 512 image tokens)")
     micro: int = flag(2, "games that go through the backward pass at once; bounds the memory, not the result")
-    eval_games: int = flag(100, "held-out games played before and after, of seen and of unseen categories each")
+    eval_games: int = flag(100, "held-out games, or tasks of each kind, before and after, of seen and of unseen categories each")
     save_every: int = flag(25, "steps between two saves of the resumable state")
 
 
@@ -570,7 +570,8 @@ def set_up(config, mllm):
     if config.method != "rrg":
         make = lambda part, shares, count, seed: data.make_tasks(part, shares, count, reward.REPIC, phrase, side(mllm), seed)  # noqa: E731
         train = make(parts[0], shares(config), config.steps * config.games, config.seed)  # each is met once
-        held = [make(part, dict.fromkeys(KINDS, 1.0), config.eval_games, f"held out {config.seed}") if len(part) > 1 else [] for part in parts[1:]]
+        held = [sum([make(part, {kind: 1.0}, config.eval_games, f"held out {config.seed} {kind}") for kind in KINDS], []) if len(part) > 1 else []
+                for part in parts[1:]]
     else:
         embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
         how = dict(negatives=config.negatives, positive=config.positive)

@@ -558,9 +558,8 @@ def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, repic
         claim = F.cross_entropy(judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
         return F.cross_entropy(logits, labels[decided]), F.cross_entropy(model.lm_head(hidden[told]), labels[told]), claim, right.tolist()
 
-    def repic_loss(step):
-        task = ("oct", "vlt", "ict")[step % 3]
-        rows, mask, labels, decided, images, grids, agree = repic_batch(tokenizer, bank, task, step // 3 % 5, batch // 2, rng)
+    def repic_loss(task, many):
+        rows, mask, labels, decided, images, grids, agree = repic_batch(tokenizer, bank, task, many, batch // 2, rng)
         is_image = rows == model.config.image_token_id
         place, _ = model.model.get_rope_index(rows, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, rows, T]
         hidden = decoder(inputs_embeds=decoder.embed_tokens(rows).masked_scatter(is_image[..., None], images), position_ids=place,
@@ -580,7 +579,8 @@ def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, repic
         answer, caption, claim, right = losses(pick, ("speak", "listen", "listen", "recognition", "vqa"), step)
         choice, chosen, match, picked = losses(pick[:batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
         figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
-        return answer + caption + claim + choice + chosen + match + (repic_loss(step) if repic else 0), figures | shown
+        more = sum(repic_loss(task, step % 5) for task in ("oct", "vlt", "ict") if repic)
+        return answer + caption + claim + choice + chosen + match + more, figures | shown
 
     fit(title, [decoder, judge, compare], loss_of, steps, peak)
 

@@ -22,7 +22,7 @@ def asking(photos):
 @pytest.fixture(scope="session")
 def toy_mllm():
     """The shipped toy model. It must stay as it is: whoever adds adapters loads another."""
-    return rrg.MLLM(str(toy.FOLDER), 4096)
+    return rrg.MLLM(str(toy.FOLDER), rrg.TOY["max_pixels"])
 
 
 @pytest.fixture(scope="session")

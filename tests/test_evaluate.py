@@ -186,7 +186,7 @@ def test_a_bare_adapter_gives_the_row_of_base(tmp_path, monkeypatch, capsys):
         assert needed <= base[part].keys() and all(0 <= base[part][key] <= 1 for key in needed)
     assert (base["seen"]["counts"]["concepts"], base["seen"]["counts"]["database"], base["unseen"]["counts"]["database"]) == (2, 14, 6)
     table = capsys.readouterr().out
-    assert table.count("| base |") == 2 and table.count("caption F1") == 2
+    assert table.count("| base |") == 4 and table.count("caption F1") == table.count("1 right") == 2  # two tables for each part
     remembered = json.loads((tmp_path / "table-base-database.json").read_text())
     assert len(remembered["concept_dict"]) == 20 and remembered["path_to_concept"]["mug-1/1"] == "<mug-1>"
     assert remembered["concept_dict"]["<mug-1>"]["info"].startswith("A photo of a")
@@ -241,10 +241,9 @@ def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
     entries = [data.Entry(name, "cup", text, [photo]) for name, text in (("a", "A mug on grass."), ("b", "A mug."), ("c", "A mug?"))]
     verdicts = iter(['{"State": "No", "Location": "Yes"}', '{"State": "No", "Location": "No"}', "Well."])
     prompts = []
-    monkeypatch.setattr(toy_mllm, "prefill", lambda texts, photos: prompts.extend(zip(texts, photos)))
-    monkeypatch.setattr(toy_mllm, "sample", lambda prefix, most: rrg.Answers(None, None, None, list(verdicts)))
+    monkeypatch.setattr(toy_mllm, "tell", lambda asked, most, progress: (prompts.extend(asked), list(verdicts))[1])
     assert evaluate.leakage(toy_mllm, entries, 32) == (0.5, 1)
-    assert [photos for _, photos in prompts] == [[], [], []] and "A mug on grass." in prompts[0][0]
+    assert [photos for photos, _ in prompts] == [[], [], []] and "A mug on grass." in prompts[0][1]
 
 
 def test_text_alone_can_be_read(toy_mllm):
