@@ -8,7 +8,7 @@
     caption    photo + the k lettered descriptions -> the right letter, and a caption that calls the thing by its name
     answer     photo + the right description + a question with two options -> the right option
 
-and, as RePIC is measured, by the model *with* its adapter, from pictures instead of descriptions:
+and with --grounding, as RePIC is measured, by the model *with* its adapter, from pictures instead of descriptions:
     ground     reference photos with names + a photo of one of these things, or a scene of two or four -> do captions use the names? With
                the right references, with those that are most like the things in the picture, and with wrong ones, where few is good
 
@@ -279,7 +279,8 @@ def show(rows):
             counts = next(iter(some.values()))["counts"]
             print(f"\n{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
                   f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions\n")
-            for columns, title in ((COLUMNS, ""), (GROUNDING, "\nnames in captions (F1), by how many things there are and which references are given\n\n")):
+            tables = [(COLUMNS, ""), (GROUNDING, "\nnames in captions (F1), by how many things there are and which references are given\n\n")]
+            for columns, title in tables[:1 + any("names_1_right_f1" in figures for figures in some.values())]:
                 print(title + "| | " + " | ".join(columns.values()) + " |\n" + "|---" * (len(columns) + 1) + "|")
                 for name, figures in some.items():
                     values = {key: figures.get(key) for key in columns}
@@ -309,7 +310,7 @@ def table(mllm, embedder, options, models):
         if name != "base":
             adapt(mllm, name, options)
         remembered[name] = describe(mllm, concepts, references, options.max_tokens)
-        grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1]}
+        grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
     result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
     for name in [*models, *options.database]:
@@ -322,7 +323,7 @@ def table(mllm, embedder, options, models):
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
                 questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
                 row[part] = examine(mllm, embedder, [entry for entry in entries if entry.name in names], tests, questions, pairs, options)
-                row[part] |= grounded[name][part] if name in grounded else {}
+                row[part] |= grounded.get(name, {}).get(part, {})
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
             save(options.out, result)
@@ -406,6 +407,7 @@ def settings(argv=None):
     add("--k", type=int, default=3, metavar="INT", help="descriptions retrieved for a photo (default 3)")
     add("--skip-retrieval", action="store_true", help="the right concept is always among the k")
     add("--embedder", default="", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
+    add("--grounding", action="store_true", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
     add("--all", action="store_true", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
     add("--seed", type=int, default=0, metavar="INT", help="seed of splits, references and letters; the same as the run's (default 0)")
     add("--max-tokens", type=int, default=128, metavar="INT", help="longest description or answer, in tokens (default 128)")
@@ -419,8 +421,7 @@ def settings(argv=None):
         parser.error("with --query give one --adapter or one --database at most")
     if options.references < 1 or not 2 <= options.k <= len(LETTERS) or options.max_tokens < 1:
         parser.error("--references and --max-tokens must be at least 1, --k from 2 to 26")
-    is_toy = pathlib.Path(options.model).resolve() == toy.FOLDER.resolve()
-    options.max_pixels = options.max_pixels or (rrg.TOY["max_pixels"] if is_toy else rrg.Config.max_pixels)
+    options.max_pixels = options.max_pixels or (rrg.TOY["max_pixels"] if toy.is_toy(options.model) else rrg.Config.max_pixels)
     return options
 
 

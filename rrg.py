@@ -367,8 +367,7 @@ def settings(argv=None):
                         help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))
     if not given.pop("resume"):
-        is_toy = pathlib.Path(given.get("model", toy.FOLDER)).resolve() == toy.FOLDER.resolve()
-        config = Config(**(TOY if is_toy else {}) | (SFT if given.get("method") == "sft" else {}) | given)
+        config = Config(**(TOY if toy.is_toy(given.get("model", toy.FOLDER)) else {}) | (SFT if given.get("method") == "sft" else {}) | given)
         config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
         for name in ("samples", "k", "steps", "games", "mu", "micro", "max_tokens", "save_every", "eval_games", "rank"):
             least = 2 if name in ("samples", "k") and config.method != "sft" else 1

@@ -26,6 +26,7 @@ Where it departs from the way real MLLMs are trained (and therefore what not to 
 """
 import argparse
 import functools
+import json
 import math
 import multiprocessing
 import pathlib
@@ -405,6 +406,12 @@ def lesson(task, truth, most, rng, names="own"):
         return "\n".join(lines), f'{JSON[0]}{seen}{JSON[2]}{"ABC"[letter]}{JSON[3]}{clause(called[letter], truth)}{JSON[4]}'
     question, options, right = quiz(truth, rng.choice(VIEW), rng)
     return f"{name}: {describe(itself)}\n{question.format(name)}\nA. {options['A']}\nB. {options['B']}", f'{JSON[1]}{right}{JSON[4]}'
+
+
+def is_toy(folder):
+    """Is this the folder of a toy model, the shipped one or one of your making? Its patches are 8 pixels wide, those of real ones 14."""
+    file = pathlib.Path(folder) / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("vision_config", {}).get("patch_size") == 8
 
 
 class Bank:

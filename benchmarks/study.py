@@ -27,6 +27,7 @@ import rrg  # noqa: E402
 from seeds import spread  # noqa: E402
 
 STEPS = 100
+MODEL = str(ROOT / "benchmarks" / "toy-repic")  # the toy model that knows RePIC's tasks
 ROWS = {
     "base": None,
     "SFT": ["--method", "sft"],
@@ -73,10 +74,10 @@ CLAIMS = [  # what is claimed, the row that should be higher, the other one, of 
 def figures(row, seed, steps, folder):
     """Run one row with one seed -> {column of the CSV: value}."""
     line, models = {"row": row, "seed": seed, "steps": steps}, ["base"]
-    options = evaluate.settings(["--seed", str(seed)])
+    options = evaluate.settings(["--seed", str(seed), "--model", MODEL, "--grounding"])
     if ROWS[row] is not None:
         if not (folder / "result.json").exists():
-            begin = ["--seed", str(seed), "--steps", str(steps), *ROWS[row]]
+            begin = ["--model", MODEL, "--seed", str(seed), "--steps", str(steps), *ROWS[row]]
             subprocess.run([sys.executable, ROOT / "rrg.py", "--out", folder, *(["--resume"] if (folder / "state.pt").exists() else begin)], check=True)
         result, models = json.loads((folder / "result.json").read_text()), [str(folder / "adapter")]
         line["seconds"] = result["seconds"]
@@ -100,7 +101,7 @@ def oracle(mllm, line, part, seed):
     speakers are put to the same games."""
     if f"{part}_game_oracle" in line:
         return line[f"{part}_game_oracle"]
-    config = rrg.settings(["--seed", str(seed)])[0]
+    config = rrg.settings(["--seed", str(seed), "--model", MODEL])[0]
     games = dict(zip(("seen", "unseen"), rrg.set_up(config, mllm)[1:]))[part]
     return rrg.measure(mllm, games, config)[0]["oracle"]
 

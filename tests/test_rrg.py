@@ -215,15 +215,12 @@ def test_boxes_are_mapped_through_the_resize_the_model_saw(toy_mllm, random_mllm
     assert rrg.verify(small, [task], [str(box)], rrg.Config())[0]["reward"] == 1
 
 
-def test_the_answers_of_a_group_are_to_one_prompt(toy_mllm):
+def test_the_answers_of_a_group_are_to_one_prompt(random_mllm):
     """RePIC's code shuffled its data on every GPU and drew a wording for every answer."""
     config = rrg.Config(method="repic", samples=4, max_tokens=8, micro=2)
-    tasks, asked, speak = make_tasks("single_ict", 3), [], toy_mllm.speak
-    toy_mllm.speak = lambda prompts, samples, *rest: (asked.append((prompts, samples)), speak(prompts, samples, *rest))[1]
-    try:
-        answers, ref, advantages, rows = rrg.play(toy_mllm, tasks, 0, config)
-    finally:
-        del toy_mllm.speak
+    tasks, asked, speak = make_tasks("single_ict", 3), [], random_mllm.speak
+    random_mllm.speak = lambda prompts, samples, *rest: (asked.append((prompts, samples)), speak(prompts, samples, *rest))[1]
+    answers, ref, advantages, rows = rrg.play(random_mllm, tasks, 0, config)
     assert asked == [([(task.photos, task.text) for task in tasks], 4)] and len(rows) == 12 == len(advantages)
     assert all("single_ict" in row for row in rows) and torch.allclose(ref[answers.mask], answers.logps[answers.mask], atol=1e-4)
 
@@ -340,7 +337,7 @@ def test_ctrl_c_saves_first(whole_run, tmp_path):
 @pytest.mark.parametrize("method", ["repic", "sft"])
 def test_other_methods_run_and_resume_alike(method, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    options = ["--method", method, "--steps", "4", "--games", "4", "--eval-games", "2", "--save-every", "2", "--mix", "1,1,1,1"]
+    options = ["--model", "benchmarks/toy-repic", "--method", method, "--steps", "4", "--games", "4", "--eval-games", "2", "--save-every", "2", "--mix", "1,1,1,1"]
     options += ["--samples", "4"] if method == "repic" else []
     done = run("--out", whole, *options)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,16 @@
 """The toy world: truth can be read off the words, and the shipped model is as honest as the README says."""
+import functools
 import random
 import re
+from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 import evaluate
+import reward
 import rrg
 import toy
 from conftest import ROOT
@@ -116,6 +121,35 @@ def test_the_shipped_model_meets_its_bars_in_full(toy_mllm):
     for kind in toy.ATTRIBUTES:
         says, catches = card[kind]
         assert says >= 0.97 and catches >= 0.93, kind
+
+
+def test_repics_lessons_tell_the_truth_in_words_the_model_knows():
+    tokenizer, rng = toy.new_tokenizer(), random.Random(0)
+    photos = [data.Photo(f"{i}", functools.partial(Image.fromarray, picture), truth) for i, (picture, truth) in enumerate(map(toy.new_photo, range(300)))]
+    scenes = [toy.new_scene(photos, rng) for _ in range(60)]
+    bank = toy.Bank(photos, [(things, boxes) for things, _, boxes in scenes], torch.arange(300)[:, None], 1000 + torch.arange(60)[:, None])
+    parts = {part for pair in sum(reward.REPIC.values(), []) for part in pair}
+    assert all(len(tokenizer(part)["input_ids"]) == 1 for part in parts)
+    seen = Counter()
+    for _ in range(900):
+        task, many = rng.choice(["oct", "vlt", "ict"]), rng.randrange(5)
+        pictures, text, answer, agree = toy.repic_lesson(task, bank, many, rng)
+        assert tokenizer.unk_token_id not in tokenizer(text + answer)["input_ids"] and tokenizer.decode(tokenizer(answer)["input_ids"]).replace(" ", "") == answer.replace(" ", "")
+        numbers = [picture.item() for picture in pictures]
+        things = scenes[numbers[-1] - 1000][0] if numbers[-1] >= 1000 else [photos[numbers[-1]]]
+        if task == "oct":
+            same = [photos[numbers[0]].truth[kind] == photos[numbers[1]].truth[kind] for kind in ("category", *toy.IDENTITY)]
+            assert agree == same and answer == ("yes" if all(same) else "no")
+        if task == "vlt":
+            target = things[scenes[numbers[0] - 1000][2].index(tuple(map(int, reward.read_box(answer))))]
+            assert toy.oracle(text, target.truth)
+        if task == "ict":
+            given, used = re.findall(r"<[a-z]+-\d+>", text), re.findall(r"<[a-z]+-\d+>", answer)
+            assert len(given) == max(1, many) == len(numbers) - 1 and set(used) <= set(given) and len(set(used)) == len(used)
+            there = [toy.Bank.identity(photos[number]) in map(toy.Bank.identity, things) for number in numbers[:-1]]
+            assert all(there[given.index(name)] for name in used)  # a reference that is not in the scene is never named
+        seen[task, bool(re.search("<", answer)), answer[:2]] += 1
+    assert seen["oct", False, "ye"] > 60 and seen["oct", False, "no"] > 60 and sum(n for (task, named, _), n in seen.items() if task == "ict" and named) > 20
 
 
 def test_the_checkpoint_is_small_and_ordinary():
