@@ -47,7 +47,9 @@ if __name__ == "__main__":
             subprocess.run([sys.executable, ROOT / "rrg.py", "--out", folder, *resume], check=True)
         results.append(json.loads((folder / "result.json").read_text()))
         if not (folder / "table.json").exists():
-            subprocess.run([sys.executable, ROOT / "evaluate.py", "--seed", str(seed), "--adapter", folder / "adapter", "--out", folder / "table.json"], check=True)
+            model = json.loads((folder / "config.json").read_text())["settings"]["model"]
+            subprocess.run([sys.executable, ROOT / "evaluate.py", "--model", model, "--seed", str(seed), "--adapter", folder / "adapter",
+                            "--out", folder / "table.json"], check=True)
         tables.append(list(json.loads((folder / "table.json").read_text())["rows"].values()))
     print("| held-out games | before | after | before, unseen categories | after, unseen categories |\n|---|---|---|---|---|")
     for name in NAMES:
