@@ -32,7 +32,7 @@ def test_evaluation_commands_are_understood(command):
 
 
 @pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py", "benchmarks/sharing.py",
-                                    "benchmarks/study.py"])
+                                    "benchmarks/study.py", "benchmarks/speed.py"])
 def test_help_teaches(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python " + script in done.stdout

@@ -1,0 +1,273 @@
+"""speed.py: one training step, ours and the usual way, timed phase by phase in one run, on the same games, tokens and loss.
+
+    python benchmarks/speed.py                                   # the toy model on this machine
+    python benchmarks/speed.py --model DIR --tokens 256 --games 16 --max-tokens 96      # a real one, on a GPU: 256 image tokens a picture
+    python benchmarks/speed.py --grow --json speed.json          # how cost grows with G, K, picture size and games a step
+
+Ours: each picture is encoded once; each prompt is read once and continued by its G answers, in sampling, reference and policy, and by every
+description put to a candidate. The usual way, as in TRL and the authors' research code: `generate`, and plain forward passes, over B x G rows
+that each carry their picture through the tower again; the listener asked one description and one candidate at a time.
+
+Both get the same sampled tokens and rewards after the rollout; that their losses and the listener's answers agree is checked. Every answer
+is made --max-tokens long (no end of text), so that both ways do the same work. Each phase is timed --rounds times after a first one that does
+not count; the median is reported. Pictures count as new in every step, which they are for us only in the first epoch.
+"""
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import grpo  # noqa: E402
+import reward  # noqa: E402
+import rrg  # noqa: E402
+import toy  # noqa: E402
+
+PHASES = ("encode", "rollout", "listen", "reference", "update")
+
+
+def make_games(mllm, count, k, tokens):
+    """`count` games of `k` pictures of `tokens` image tokens each."""
+    side = int(math.isqrt(tokens)) * 2 * mllm.config.vision_config.patch_size
+    concepts = toy.world(0, side, concepts=max(4, -(-count // 10)), views=2)[:max(count, k)]
+    return [data.Game(c.name, c.category, c.photos[0], [c.photos[1], *(concepts[(i + j) % len(concepts)].photos[1] for j in range(1, k))], 0)
+            for i, c in enumerate(concepts[:count])]
+
+
+class Step:
+    """What both ways share: the games, the sampled answers, the rewards."""
+
+    def __init__(self, mllm, games, config):
+        self.mllm, self.games, self.config = mllm, games, config
+        self.prompts = [rrg.prompt(game) for game in games]
+        self.photos = list(dict.fromkeys([game.target for game in games] + [photo for game in games for photo in game.pool]))
+        self.answers = mllm.speak(self.prompts, config.samples, config.max_tokens, self.generator())
+        text = lambda i: f"A photo of a {games[i // config.samples].category}. The {toy.ATTRIBUTES['colour'][i % 8]} one with a star badge."  # noqa: E731
+        self.pairs = [(photo, text(i)) for i in range(len(self.answers.ids)) for photo in games[i // config.samples].pool]
+        self.advantages = torch.linspace(-1, 1, len(self.answers.ids), device=mllm.device)
+
+    def generator(self):
+        return torch.Generator(self.mllm.device).manual_seed(0)
+
+    def loss(self, logps, rows, ref):
+        """The summed loss of some rows; `rows` a slice of all N."""
+        mask, old = self.answers.mask[rows], self.answers.logps[rows]
+        return grpo.grpo_loss(logps, old, ref[rows], self.advantages[rows], mask, total=len(self.answers.ids))[0]
+
+
+class Ours(Step):
+    def encode(self):
+        self.mllm.seen.clear()
+        self.mllm.look(self.photos)
+
+    def rollout(self):
+        return self.mllm.speak(self.prompts, self.config.samples, self.config.max_tokens, self.generator())
+
+    def listen(self):
+        return self.mllm.listen(self.pairs)
+
+    @torch.no_grad()
+    def reference(self):
+        with grpo.lora_off(self.mllm.model):
+            return torch.cat([self.mllm.score(*part) for part in rrg.micro_batches(self.games, self.config, self.answers.ids)])
+
+    def update(self, ref):
+        total, start = 0.0, 0
+        for prompts, ids in rrg.micro_batches(self.games, self.config, self.answers.ids):
+            loss = self.loss(self.mllm.score(prompts, ids), slice(start, start + len(ids)), ref)
+            loss.backward()
+            total, start = total + loss.item(), start + len(ids)
+        return total
+
+
+class Usual(Step):
+    def rows(self, games):
+        """The plain model's inputs for the prompts of some games, G times each."""
+        mllm, photos = self.mllm, [game.target for game in games for _ in range(self.config.samples)]
+        pixels = mllm.processor(images=[photo.open() for photo in photos], return_tensors="pt").to(mllm.device)
+        counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
+        texts = [mllm.chat(photo, reward.SPEAK).replace(mllm.image, mllm.image * count) for photo, count in zip(photos, counts)]
+        batch = mllm.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(mllm.device)
+        return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels["pixel_values"].to(mllm.model.dtype),
+                    image_grid_thw=pixels["image_grid_thw"], mm_token_type_ids=(batch["input_ids"] == mllm.config.image_token_id).int())
+
+    def parts(self):
+        for start in range(0, len(self.games), self.config.micro):
+            games = self.games[start:start + self.config.micro]
+            yield games, slice(start * self.config.samples, (start + len(games)) * self.config.samples)
+
+    def encode(self):
+        """Nothing is kept: every pass encodes anew."""
+
+    @torch.no_grad()
+    def rollout(self):
+        most = self.config.max_tokens
+        torch.manual_seed(0)
+        return torch.cat([self.mllm.model.generate(**self.rows(games), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                                                   min_new_tokens=most, max_new_tokens=most)[:, -most:] for games, _ in self.parts()])
+
+    @torch.no_grad()
+    def listen(self):
+        """One description and one candidate at a time."""
+        rho, mllm = [], self.mllm
+        with grpo.lora_off(mllm.model):
+            for photo, text in self.pairs:
+                prompt = mllm.chat(photo, reward.LISTEN[0] + reward.quoted(text, mllm.markers) + reward.LISTEN[1])
+                pixels = mllm.processor(images=[photo.open()], return_tensors="pt").to(mllm.device)
+                ids = torch.tensor([mllm.encode(prompt.replace(mllm.image, mllm.image * (pixels["image_grid_thw"].prod().item() // 4)))], device=mllm.device)
+                logits = mllm.model(input_ids=ids, pixel_values=pixels["pixel_values"].to(mllm.model.dtype), image_grid_thw=pixels["image_grid_thw"],
+                                    mm_token_type_ids=(ids == mllm.config.image_token_id).int(), logits_to_keep=1).logits[:, -1]
+                rho += reward.fit(logits, mllm.yes, mllm.no).tolist()
+        return torch.tensor(rho)
+
+    def score(self, games, rows):
+        inputs, ids = self.rows(games), self.answers.ids[rows]
+        for name, extra in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("mm_token_type_ids", torch.zeros_like(ids).int())):
+            inputs[name] = torch.cat([inputs[name], extra], 1)
+        logits = self.mllm.model(**inputs, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]  # [rows, C, V]
+        return grpo.token_logps(logits, ids)
+
+    @torch.no_grad()
+    def reference(self):
+        with grpo.lora_off(self.mllm.model):
+            return torch.cat([self.score(*part) for part in self.parts()])
+
+    def update(self, ref):
+        total = 0.0
+        for games, rows in self.parts():
+            loss = self.loss(self.score(games, rows), rows, ref)
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def timed(mllm, call):
+    """-> (result, seconds, peak GiB on a GPU, else None)"""
+    cuda = mllm.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
+
+
+def measure(mllm, ways, rounds):
+    """Run the ways in turn -> {way: {phase: median seconds}}, {way: peak GiB or None}; checks that they agree."""
+    seconds, peak, said = {way: {phase: [] for phase in PHASES} for way in ways}, dict.fromkeys(ways), {}
+    for lap in range(rounds + 1):
+        for name, way in ways.items():
+            ref = None
+            for phase in PHASES:
+                result, took, memory = timed(mllm, (lambda: way.update(ref)) if phase == "update" else getattr(way, phase))
+                if phase == "reference":
+                    ref = result
+                said[name, phase] = result
+                mllm.model.zero_grad()
+                if lap:
+                    seconds[name][phase].append(took)
+                if memory:
+                    peak[name] = max(peak[name] or 0, memory)
+    if len(ways) == 2:
+        exact = 1e-4 if mllm.model.dtype == torch.float32 else 5e-2
+        for phase in ("listen", "reference", "update"):
+            a, b = (torch.as_tensor(said[name, phase]).float().cpu() for name in ways)
+            assert torch.allclose(a, b, atol=exact), f"the two ways do not agree in {phase}: {(a - b).abs().max():.2e}"
+    return {name: {phase: statistics.median(values) for phase, values in phases.items()} for name, phases in seconds.items()}, peak
+
+
+def floor(mllm, step):
+    """Seconds that our step cannot do without on this machine: the larger of its FLOPs at the speed of a large matrix product, and, in the
+    rollout, the weights that each token's step must read at the speed of a copy. -> {phase: seconds}"""
+    size, config = 2048, step.config
+    a, dtype = torch.randn(size, size, device=mllm.device), mllm.model.dtype
+    a = a.to(dtype)
+    flops = 2 * size ** 3 / min(timed(mllm, lambda: a @ a)[1] for _ in range(5))
+    big = torch.empty(2 ** 26, device=mllm.device)
+    bandwidth = 2 * big.numel() * 4 / min(timed(mllm, big.clone)[1] for _ in range(5))
+    weights = sum(p.numel() for p in mllm.decoder.parameters()) + mllm.model.lm_head.weight.numel()
+    tower = sum(p.numel() for p in mllm.model.model.visual.parameters())
+    image = len(mllm.look(step.photos[:1])[0][0])
+    rows, distinct = len(step.answers.ids), len(set(step.pairs))
+    prompt, listened = image + len(mllm.encode(reward.SPEAK)), len({photo for photo, _ in step.pairs})
+    tail = len(mllm.encode(reward.quoted(step.pairs[0][1]) + reward.LISTEN[1]))
+    read = 2 * weights * len(step.games) * prompt  # FLOPs of reading the prompts once
+    write = 2 * weights * rows * config.max_tokens
+    return {"encode": 2 * tower * 4 * image * len(step.photos) / flops,
+            "rollout": max((read + write) / flops, config.max_tokens * weights * a.element_size() / bandwidth),
+            "listen": 2 * weights * (listened * (image + len(mllm.encode(reward.LISTEN[0]))) + distinct * tail) / flops,
+            "reference": (read + write) / flops, "update": 2 * (read + write) / flops}
+
+
+def report(seconds, peak, least, tokens):
+    """Print the table of one setting -> what --json keeps."""
+    ours, usual = seconds["ours"], seconds.get("usual")
+    ratio = {}
+    print("| phase | ours, s | usual, s | ratio | floor, s |\n|---|---|---|---|---|")
+    for phase in (*PHASES, "step"):
+        total = lambda times: sum(times.values()) if phase == "step" else times[phase]  # noqa: E731
+        mine, theirs = total(ours), total(usual)
+        ratio[phase] = theirs / mine if mine > 0 else None
+        print(f"| {phase} | {mine:.3f} | {theirs:.3f} | {'-' if phase == 'encode' else f'{theirs / mine:.1f}'} | {total(least):.3f} |")
+    print(f"\n{tokens / ours['rollout']:.0f} tokens sampled a second, usual {tokens / usual['rollout']:.0f}"
+          + (f"; peak memory {peak['ours']:.1f} GiB, usual {peak['usual']:.1f}" if peak["ours"] else ""))
+    return dict(seconds=seconds, peak_gib=peak, floor=least, ratio={name: value for name, value in ratio.items() if name != "encode"})
+
+
+def grow(mllm, args, base):
+    """How our step grows with one setting at a time -> rows [(setting, value, seconds a step, milliseconds an answer, peak GiB)]."""
+    rows = []
+    print("\n| | | step, s | an answer, ms | peak, GiB |\n|---|---|---|---|---|")
+    for name, values in (("samples", (2, 4, 8, 16, 32)), ("k", (2, 3, 5, 9)), ("tokens", (64, 256, 1024) if args.tokens >= 64 else (16, 64, 144)), ("games", (4, 8, 16, 32))):
+        for value in values:
+            some = dict(games=args.games, k=args.k, tokens=args.tokens, samples=args.samples) | {name: value}
+            config = rrg.dataclasses.replace(base, samples=some["samples"], k=some["k"], games=some["games"])
+            mllm.seen.clear()
+            seconds, peak = measure(mllm, {"ours": Ours(mllm, make_games(mllm, some["games"], some["k"], some["tokens"]), config)}, 1)
+            step = sum(seconds["ours"].values())
+            rows.append((name, value, step, 1000 * step / (some["games"] * some["samples"]), peak["ours"]))
+            print(f"| {name} | {value} | {step:.2f} | {rows[-1][3]:.1f} | {'-' if peak['ours'] is None else format(peak['ours'], '.1f')} |", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(toy.FOLDER), help="checkpoint (default: the toy model)")
+    parser.add_argument("--games", type=int, default=12, help="B (default 12)")
+    parser.add_argument("--samples", type=int, default=8, help="G (default 8)")
+    parser.add_argument("--k", type=int, default=3, help="K (default 3)")
+    parser.add_argument("--tokens", type=int, default=16, help="image tokens of a picture (default 16, the toy model's)")
+    parser.add_argument("--max-tokens", type=int, default=40, help="tokens of every answer (default 40)")
+    parser.add_argument("--micro", type=int, default=4, help="games that go through a pass with gradient at once, in both ways (default 4)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default 16)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
+    parser.add_argument("--grow", action="store_true", help="also: how our cost grows with G, K, picture size and games")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything here")
+    args = parser.parse_args()
+    mllm = rrg.MLLM(args.model, 2 ** 22)
+    mllm.ends = torch.tensor([-1], device=mllm.device)  # nothing ends an answer
+    torch.manual_seed(0)
+    grpo.add_lora(mllm.model, args.rank, 2 * args.rank)
+    for layer in grpo.lora_layers(mllm.model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.01)
+    config = rrg.Config(games=args.games, samples=args.samples, k=args.k, micro=args.micro, max_tokens=args.max_tokens)
+    games = make_games(mllm, args.games, args.k, args.tokens)
+    print(f"{args.model}, {rrg.machine(mllm.device)}: {args.games} games, G = {args.samples}, K = {args.k}, {args.tokens} image tokens, answers of {args.max_tokens} tokens\n")
+    ways = {"ours": Ours(mllm, games, config)}
+    ways["usual"] = Usual(mllm, games, config)
+    ways["usual"].answers = ways["ours"].answers  # the same tokens
+    seconds, peak = measure(mllm, ways, args.rounds)
+    kept = report(seconds, peak, floor(mllm, ways["ours"]), args.games * args.samples * args.max_tokens)
+    if args.grow:
+        kept["growth"] = grow(mllm, args, config)
+    if args.json:
+        grpo.write_atomically(args.json, lambda path: path.write_text(json.dumps(kept | {"device": rrg.machine(mllm.device), "arguments": {
+            name: str(value) for name, value in vars(args).items()}}, indent=1)))
