@@ -21,6 +21,7 @@ Where it departs from the paper and its authors' research code:
 2. Where a category is too small for K - 1 negatives, other categories fill up, and the number of such games is reported.
 3. Concepts are split, not photos: some concepts, and where there are four categories or more some whole categories, are never trained on.
 """
+import contextlib
 import json
 import pathlib
 import random
@@ -197,7 +198,7 @@ def load_concepts(root, log=print, least=2):
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         parts = path.relative_to(root).parts
         foreign += [path] if path.suffix.lower() in NOT_READ else []
-        if path.suffix.lower() not in PICTURES or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
+        if path.suffix.lower() not in PICTURES or path.is_dir() or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
             continue
         folders, part = place(path, root, loose=least == 1)
         try:
@@ -250,6 +251,17 @@ def load_json(file):
         raise DataError(f"cannot read {file}: {error}") from error
 
 
+@contextlib.contextmanager
+def published(what):
+    """Whatever goes wrong in taking apart somebody else's JSON becomes one clear error."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise DataError(f"{what} is not in the form it is published in: {type(error).__name__} {error}") from error
+
+
 def beside(root, name):
     """A benchmark's JSON, which lies in its folder or next to it; None where there is none."""
     root = fetch(root)
@@ -273,6 +285,7 @@ class Question:
     answer: str
 
 
+@published("yollava-visual-qa.json")
 def load_questions(root, concepts, log=print):
     """Yo'LLaVA's yollava-visual-qa.json in or beside the folder, nested by concept or flat, -> [Question]; [] where there is none."""
     content = beside(root, "yollava-visual-qa.json") or {}
@@ -290,6 +303,7 @@ def load_questions(root, concepts, log=print):
     return questions
 
 
+@published("recognition_test.json")
 def load_pairs(root, concepts):
     """RAP's recognition_test.json in or beside the folder -> {(photo, concept name): whether the photo shows it}; {} where there is none.
 
@@ -303,6 +317,7 @@ def load_pairs(root, concepts):
     return pairs
 
 
+@published("the list of pictures of several things")
 def load_queries(path):
     """Photos that show several things, with their names: RePIC's {path: [names]} or {path: [[names], ...]} JSON, or RAP's folders
     <A>_and_<B>/ -> [(Photo, [names])]. Raises DataError where a picture that the JSON names cannot be found."""
@@ -335,6 +350,7 @@ def prose(info):
     return " ".join(filter(None, map(prose, info))) if isinstance(info, list) else str(info or "").strip()
 
 
+@published("the database of descriptions")
 def read_database(path, photos=()):
     """A database in RAP's JSON, by file or folder -> [Entry]. Pictures are those of `photos` by their names, else files; paths of
     another machine are found by their ends. A concept without `info` has an empty description. Raises DataError for anything else

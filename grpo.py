@@ -24,6 +24,7 @@ import pathlib
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,12 +36,12 @@ def group_advantages(rewards, *, std_floor=0.0):
     """How much better than its siblings is each answer?   A_i = (r_i - mean r) / (std r + 1e-4)   (DeepSeekMath, section 4.1.2)
 
     rewards [B, G], one row a prompt, G >= 2 -> advantages [B, G]. The std is the unbiased one (n - 1), never taken smaller than
-    `std_floor`. Raises ValueError on a group of one (it has no siblings) and on a reward that is not a finite number.
+    `std_floor`. Raises ValueError on a group of one (it has no siblings) and FloatingPointError on a reward that is not a finite number.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"advantages need rewards [B, G] with G >= 2 answers a prompt, not {list(rewards.shape)}")
     if not rewards.isfinite().all():
-        raise ValueError("a reward is not a finite number; scoring must have failed")
+        raise FloatingPointError("a reward is not a finite number; scoring must have failed")
     centred = rewards - rewards.mean(-1, keepdim=True)  # [B, G]
     scaled = centred / (rewards.std(-1, keepdim=True).clamp(min=std_floor) + 1e-4)  # [B, G]
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # [B, 1]
@@ -188,7 +189,10 @@ NOT_HERE = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank
 
 
 def write_atomically(path, write):
-    """Call `write(temporary path)`, then move the result into place: whoever reads `path` sees the old file or the new one, whole."""
+    """Call `write(temporary path)`, then move the result into place: whoever reads `path` sees the old file or the new one, whole.
+
+    Raises OSError when it cannot be written, whatever the writing library makes of it.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -196,6 +200,8 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # a full disk, as torch and safetensors tell it
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -233,7 +239,12 @@ def load_adapter(model, folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an adapter folder: it has no {name}")
-    config, wrong = json.loads((folder / "adapter_config.json").read_text()), []
+    try:
+        config, stored, wrong = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors"), []
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
+        raise ValueError(f"{folder} cannot be read: adapter_config.json has no r and lora_alpha above 0")
     if config.get("peft_type") != "LORA":
         wrong.append(f"peft_type {config.get('peft_type')}")
     wrong += [name for name in NOT_HERE if config.get(name)]
@@ -241,13 +252,17 @@ def load_adapter(model, folder):
     if wrong:
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
     tensors = {}
-    for key, value in load_file(folder / "adapter_model.safetensors").items():
+    for key, value in stored.items():
         key = key.removeprefix(PEFT_PREFIX)
         tensors[key.replace("model.layers.", "model.language_model.layers.", 1) if key.startswith("model.layers.") else key] = value
     names = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors))
+    if not names:
+        raise ValueError(f"{folder} holds no adapter: its adapter_model.safetensors is empty")
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear)) and "visual" not in name}
     if unknown := [name for name in names if name not in linears]:
         raise ValueError(f"{folder} adapts {len(unknown)} layers that this model's language model does not have, such as {unknown[0]}")
+    if odd := [key for key, value in tensors.items() if value.ndim != 2 or config["r"] not in value.shape]:
+        raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not of rank {config['r']}")
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], names=names)
     mine = lora_state(model)

@@ -115,7 +115,7 @@ def fit(logits, yes, no):
 def listener_reward(rho, target, kind="soft_gated"):
     """rho [N, K], target [N] (its place in the pool) -> (reward [N], right [N] bool: the target beats every other candidate)."""
     if not rho.isfinite().all() or (rho < 0).any() or (rho > 1).any():
-        raise ValueError("the listener's answer is not a probability; scoring has failed")
+        raise FloatingPointError("the listener's answer is not a probability; scoring has failed")
     own = rho.gather(1, target[:, None]).squeeze(1)  # [N]
     others = rho.scatter(1, target[:, None], -1.0).amax(1)  # [N]
     right, share = own > others, own / rho.sum(1).clamp(min=1e-30)  # [N], [N]

@@ -15,6 +15,7 @@ A claim about the background fails on the hard positive, a vague description fit
     python rrg.py                                                        # the toy world, on a CPU, in minutes
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data my_photos/    # a real model and your photos, on one GPU
     python rrg.py --method repic                                         # another method: repic or sft
+    torchrun --nproc_per_node=4 rrg.py --model ... --data ...            # several GPUs: each plays a share of every step's games
     python rrg.py --out runs/x --resume                                  # go on with a run that was stopped or killed
 
 Where it departs from the paper and its authors' research code:
@@ -46,6 +47,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +69,36 @@ CHAT = ("{% for m in messages %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 ROWS = 128  # rows that go through the model at once where no gradient is needed, and ...
 LOGITS = 2 ** 26  # ... numbers that are made of the vocabulary at once (256 MB): both bound the memory, not the result
+
+
+# ------------------------------------------------------------------------------------------------------- several processes
+def ranks():
+    """(the number of this process, how many there are): (0, 1) unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(rows):
+    """The lists of all processes, one after the other."""
+    parts = [rows] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, rows)
+    return sum(parts, [])
+
+
+def share(games):
+    """This process's games of a list: the same number for all of them but for the last ones."""
+    rank, world = ranks()
+    size = -(-len(games) // world)
+    return games[rank * size:(rank + 1) * size]
+
+
+def add_up(tensors):
+    """Replace tensors by their sums over all processes, in one message."""
+    if ranks()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
 
 
 # ------------------------------------------------------------------------------------------------- the model: two primitives
@@ -100,7 +132,7 @@ class MLLM:
     """A Qwen2-VL (or 2.5-VL) by hub name or folder, its tokenizer and its picture processor, and what the game needs of them."""
 
     def __init__(self, name, max_pixels, device=None):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
         try:
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
@@ -217,7 +249,7 @@ class MLLM:
                 token = logp.argmax(-1, keepdim=True)  # [N, 1]
             else:  # where a uniform number falls among the summed chances; multinomial would draw a number for each word there is
                 cdf = logp.exp().cumsum(-1)  # [N, V]
-                draw = torch.rand(len(cdf), 1, generator=generator, device=self.device)  # [N, 1]
+                draw = share(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1] of all processes' rows
                 token = torch.searchsorted(cdf, draw * cdf[:, -1:])  # [N, 1]
             mask.append(~done)
             ids.append(torch.where(done, self.ends[0], token.squeeze(1)))
@@ -382,6 +414,7 @@ def settings(argv=None):
     if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
         parser.error(f"nothing to resume: {runs[-1] if runs else 'runs/'} has no state.pt")
     saved = json.loads((pathlib.Path(runs[-1]) / "config.json").read_text())["settings"] | {"out": runs[-1]}
+    saved |= {"micro": given.get("micro", saved["micro"])}  # which changes no result, and helps after running out of memory
     if other := [name for name, value in given.items() if saved[name] != value]:
         was, now = saved[other[0]], given[other[0]]
         parser.error(f"--resume goes on with the run as it was: --{other[0].replace('_', '-')} was {was}, not {now}")
@@ -478,16 +511,19 @@ def play(mllm, games, step, config):
 
     if config.method == "sft":
         answers = mllm.read_out(written(mllm, games, config.max_tokens))
-        answers.logps = score()  # [N, C]
-        return answers, answers.logps, torch.ones(len(games), device=mllm.device), verify(mllm, games, answers.texts, config)
-    generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
-    answers = mllm.speak([prompt(game) for game in games], config.samples, config.max_tokens, generator)
+        answers.logps = ref_logps = score()  # [N, C]
+    else:
+        generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
+        answers = mllm.speak([prompt(game) for game in games], config.samples, config.max_tokens, generator)
+        with grpo.lora_off(mllm.model):
+            ref_logps = score()  # [N, C]
     rows = (judge if config.method == "rrg" else verify)(mllm, games, answers.texts, config)
+    for row, logps, mask in zip(rows, answers.logps, answers.mask):
+        row |= dict(nll=-logps[mask].mean().item(), completion_length=mask.sum().item())
     rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
-    advantages = grpo.group_advantages(rewards, std_floor=config.std_floor).flatten()  # [N]
-    with grpo.lora_off(mllm.model):
-        ref_logps = score()  # [N, C]
-    return answers, ref_logps, advantages, rows
+    if config.method == "sft":
+        return answers, ref_logps, torch.ones(len(games), device=mllm.device), rows
+    return answers, ref_logps, grpo.group_advantages(rewards, std_floor=config.std_floor).flatten(), rows
 
 
 def written(mllm, tasks, most):
@@ -511,33 +547,37 @@ def micro_batches(games, config, *tensors):
 
 def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
     """Stage 6: `mu` updates on one batch of answers -> means of the loss's stats and the norm of the gradient."""
-    total = int(answers.mask.sum()) if config.loss == "dapo" else len(answers.ids)
+    tokens = sum(gather([answers.mask.sum().item()]))
+    total = tokens if config.loss == "dapo" else len(answers.ids) * ranks()[1]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    log = {"kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+    kl, clipped, grad_norm = torch.zeros((), device=mllm.device), torch.zeros((), device=mllm.device), 0.0
     for _ in range(config.mu):
         for prompts, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
             loss, stats = grpo.grpo_loss(
                 mllm.score(prompts, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
                 loss=config.loss, max_length=config.max_tokens, total=total)
             loss.backward()
-            share = mask.sum().item() / answers.mask.sum().item() / config.mu
-            log["kl"] += share * stats["kl"]
-            log["clip_fraction"] += share * (stats["clip_high"] + stats["clip_low"])
+            part = mask.sum() / tokens / config.mu
+            kl += part * stats["kl"]
+            clipped += part * (stats["clip_high"] + stats["clip_low"])
+        add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        log["grad_norm"] += norm.item() / config.mu
+        grad_norm += norm.item() / config.mu
         if not norm.isfinite():
             raise FloatingPointError("the gradient is not finite; start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-    return log
+    add_up([kl, clipped])
+    return dict(kl=kl.item(), clip_fraction=clipped.item(), grad_norm=grad_norm)
 
 
 def measure(mllm, games, config):
     """Greedy answers in held-out games or tasks -> (figures as fractions, None where unknown; the rows they are means of)."""
+    games = share(games)
     texts = mllm.tell([prompt(game) for game in games], config.max_tokens, "playing held-out games")
     names = dict(identification="listener_accuracy", oracle="oracle", leakage="leakage", coverage="coverage", parsed="parsed")
     grade, names = (judge, names) if config.method == "rrg" else (verify, dict(zip(KINDS, KINDS)))
-    rows = grade(mllm, games, texts, config) if games else []
+    rows = gather(grade(mllm, games, texts, config) if games else [])
     return {name: mean(rows, key) for name, key in names.items()}, rows
 
 
@@ -606,6 +646,8 @@ def cut(path, step):
 
 def save(out, mllm, optimizer, config, **rest):
     """The adapter, and all that `--resume` needs. Games and samples are seeded by the step, so no generator has to be kept."""
+    if ranks()[0]:
+        return
     grpo.save_adapter(mllm.model, out / "adapter", base=config.model)
     state = rest | {"lora": grpo.lora_state(mllm.model), "optimizer": optimizer.state_dict()}
     grpo.write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -613,7 +655,9 @@ def save(out, mllm, optimizer, config, **rest):
 
 def train(config, resume):
     """The whole run: set up, measure, train, measure again, write result.json. Returns what result.json holds."""
-    out = pathlib.Path(config.out)
+    out, (rank, world) = pathlib.Path(config.out), ranks()
+    if config.games % world:
+        raise data.DataError(f"--games {config.games} cannot be shared equally by {world} processes")
     if not resume and (out / "state.pt").exists():
         raise data.DataError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -631,20 +675,22 @@ def train(config, resume):
             value.copy_(state["lora"][name])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, before = state["step"], state["seconds"], state["before"]
-        for log in ("metrics.csv", "samples.jsonl"):
+        for log in ("metrics.csv", "samples.jsonl") if rank == 0 else ():
             cut(out / log, step)
     else:
+        step, seconds, before = 0, 0.0, examine(mllm, seen, unseen, config)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
         record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device),
                       settings=dataclasses.asdict(config))
-        grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-        (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
-        (out / "samples.jsonl").write_text("")
-        step, seconds, before = 0, 0.0, examine(mllm, seen, unseen, config)
+        if rank == 0:
+            grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+            (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
+            (out / "samples.jsonl").write_text("")
         save(out, mllm, optimizer, config, step=step, seconds=seconds, before=before)
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    with open(out / "metrics.csv", "a", newline="") as metrics_file, open(out / "samples.jsonl", "a") as samples_file:
+    keep = lambda name: out / name if rank == 0 else os.devnull  # noqa: E731
+    with open(keep("metrics.csv"), "a", newline="") as metrics_file, open(keep("samples.jsonl"), "a") as samples_file:
         table = csv.DictWriter(metrics_file, METRICS)
         bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="training", unit="step")
         for step in bar:
@@ -652,15 +698,15 @@ def train(config, resume):
             lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            games = data.games_of_step(training, step, config.games, config.seed)
+            games = share(data.games_of_step(training, step, config.games, config.seed))
             answers, ref_logps, advantages, rows = play(mllm, games, step, config)
             log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)
-            groups = torch.tensor([row["reward"] for row in rows]).view(-1, config.samples)  # [B, G]
-            texts = [answers.texts[i:i + config.samples] for i in range(0, len(rows), config.samples)]
+            rows = gather(rows)
+            groups = [rows[i:i + config.samples] for i in range(0, len(rows), config.samples)]
+            distinct = lambda key: [len({row[key] for row in group}) for group in groups]  # noqa: E731
             log |= {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
-                nll=-answers.logps[answers.mask].mean().item(), step=step + 1, lr=lr, zero_std_groups=(groups.amax(1) == groups.amin(1)).float().mean().item(),
-                distinct=mean([{"d": len(set(group)) / len(group)} for group in texts], "d"),
-                completion_length=answers.mask.sum(1).float().mean().item(), seconds=time.time() - started)
+                step=step + 1, lr=lr, zero_std_groups=distinct("reward").count(1) / len(groups),
+                distinct=sum(distinct("text")) / len(rows), seconds=time.time() - started)
             seconds += log["seconds"]
             table.writerow({key: f"{value:.6g}" for key, value in log.items()})
             game = games[0]  # one game a step goes to the log with all its texts
@@ -668,16 +714,18 @@ def train(config, resume):
             samples_file.write(json.dumps(record) + "\n")
             metrics_file.flush(), samples_file.flush()
             bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "listener_accuracy", "nll", "kl") if key in log})
-            if stopped or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            stop = any(gather([bool(stopped)]))
+            if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
-            if stopped:
+            if stop:
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     after = examine(mllm, seen, unseen, config)
     result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps,
                   seconds=round(seconds, 1), device=machine(mllm.device))
-    grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    if rank == 0:
+        grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     show(result, [seen[i] for i in showcase(seen)], before["examples"], after["examples"], out)
     same = [(f"--{name}", str(value)) for name, value in (("model", config.model), ("data", config.data), ("seed", config.seed))
             if value != getattr(Config, name)]
@@ -712,8 +760,17 @@ def show(result, games, before, after, out):
 
 if __name__ == "__main__":
     try:
+        if "WORLD_SIZE" in os.environ:  # set by torchrun
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if ranks()[0]:  # one of them is enough to tell what goes on
+                sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
         train(*settings())
     except (data.DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; lower --micro, which changes no result (a run that has saved a state goes on with --resume --micro 1), "
+                 "or --max-pixels, --samples or --games")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error}; a run that has saved a state goes on with --resume")
     except KeyboardInterrupt:
         sys.exit("\nstopped; a run that has saved a state goes on with --resume")

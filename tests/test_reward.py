@@ -64,7 +64,7 @@ def test_listener_rewards():
 
 def test_a_scoring_failure_raises():
     for bad in (math.nan, math.inf, -0.1, 1.1):
-        with pytest.raises(ValueError, match="scoring has failed"):
+        with pytest.raises(FloatingPointError, match="scoring has failed"):
             reward.listener_reward(torch.tensor([[bad, 0.5]]), torch.tensor([1]))
     with pytest.raises(ValueError, match="unknown reward"):
         reward.listener_reward(torch.tensor([[0.2, 0.5]]), torch.tensor([1]), "best")

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
@@ -174,7 +175,7 @@ def test_the_listener_is_the_model_with_lora_off(random_folder, photos):
 def test_a_failing_listener_raises(toy_mllm, monkeypatch):
     game = game_of(toy.world(0))
     monkeypatch.setattr(toy_mllm, "listen", lambda pairs, frozen: torch.full((len(pairs),), torch.nan))
-    with pytest.raises(ValueError, match="scoring has failed"):
+    with pytest.raises(FloatingPointError, match="scoring has failed"):
         rrg.judge(toy_mllm, [game], ["<thinking> a </thinking> <coarse> A photo of a mug </coarse> <detailed> The mug. </detailed>"], rrg.Config())
 
 
@@ -356,6 +357,29 @@ def test_other_methods_run_and_resume_alike(method, tmp_path):
     process.wait()
     assert run("--out", half, "--resume").returncode == 0
     assert rows(half) == rows(whole) and same_adapter(half, whole)
+
+
+@pytest.mark.parametrize("loss", [pytest.param("grpo", marks=pytest.mark.slow), "dapo"])
+def test_two_processes_play_the_run_of_one(tmp_path, loss):
+    """torchrun with gloo: games are shared, gradients added up; the same samples, and the same adapter but for rounding."""
+    options = ["--steps", "2", "--games", "4", "--samples", "4", "--eval-games", "5", "--loss", loss]
+    assert run("--out", tmp_path / "one", *options).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "rrg.py", "--out", str(tmp_path / "two"), *options],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("held-out games") == 1  # one process tells
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 2 and all(abs(float(a[key]) - float(b[key])) < 1e-4 for a, b in zip(one, two) for key in a if a[key])
+    a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["before"] == results[1]["before"]
+
+
+def test_games_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rrg, "ranks", lambda: (0, 5))
+    with pytest.raises(data.DataError, match="--games 12 cannot be shared equally by 5 processes"):
+        rrg.train(*rrg.settings(["--out", str(tmp_path / "x")]))
 
 
 def test_several_updates_a_batch_really_clip(tmp_path):
