@@ -454,7 +454,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
 def judge(mllm, games, texts, config):
     """Stages 3 and 4 for `texts`, equally many a game in the order of `games`.
 
-    Returns rewards [N], rows [N] of {text, reward, rho (None if unparsed), right, ...} with what each earned, for the log.
+    Returns N rows of {text, reward, rho (None if unparsed), listener_accuracy, ...}: what each earned, for the log.
     """
     games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
     parsed = [reward.parse(text) for text in texts]
@@ -520,9 +520,9 @@ def play(mllm, games, step, config):
     rows = (judge if config.method == "rrg" else verify)(mllm, games, answers.texts, config)
     for row, logps, mask in zip(rows, answers.logps, answers.mask):
         row |= dict(nll=-logps[mask].mean().item(), completion_length=mask.sum().item())
-    rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
     if config.method == "sft":
         return answers, ref_logps, torch.ones(len(games), device=mllm.device), rows
+    rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
     return answers, ref_logps, grpo.group_advantages(rewards, std_floor=config.std_floor).flatten(), rows
 
 
