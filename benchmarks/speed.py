@@ -11,19 +11,25 @@ that each carry their picture through the tower again; the listener asked one de
 Both get the same sampled tokens and rewards after the rollout; that their losses and the listener's answers agree is checked. Every answer
 is made --max-tokens long (no end of text), so that both ways do the same work. Each phase is timed --rounds times after a first one that does
 not count; the median is reported. Pictures count as new in every step, which they are for us only in the first epoch.
+
+Where TRL is installed (pip install "trl[peft]==1.16.0"), a step of its GRPOTrainer is timed as well: the same games, adapters, loss and listener,
+answers as long, and the fastest settings that it has without vLLM. Drawing the pictures and the optimiser's step are timed in none of the three.
 """
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import data  # noqa: E402
 import grpo  # noqa: E402
@@ -38,7 +44,7 @@ def make_games(mllm, count, k, tokens):
     """`count` games of `k` pictures of `tokens` image tokens each."""
     side = int(math.isqrt(tokens)) * 2 * mllm.config.vision_config.patch_size
     concepts = toy.world(0, side, concepts=max(4, -(-count // 10)), views=2)[:max(count, k)]
-    for concept in concepts:  # each picture is drawn once, in the lap that does not count: drawing it anew would be timed with every look at it
+    for concept in concepts:  # each picture is drawn once, in the round that does not count: else drawing is what is timed
         concept.photos[:] = [dataclasses.replace(photo, open=functools.cache(photo.open)) for photo in concept.photos]
     return [data.Game(c.name, c.category, c.photos[0], [c.photos[1], *(concepts[(i + j) % len(concepts)].photos[1] for j in range(1, k))], 0)
             for i, c in enumerate(concepts[:count])]
@@ -151,17 +157,21 @@ class Usual(Step):
         return total
 
 
+def now(mllm):
+    """The time in seconds, when the GPU has done all that it was asked to do."""
+    if mllm.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(mllm, call):
     """-> (result, seconds, peak GiB on a GPU, else None)"""
     cuda = mllm.device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    started = now(mllm)
     result = call()
-    if cuda:
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
+    return result, now(mllm) - started, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
 
 
 def measure(mllm, ways, rounds):
@@ -186,6 +196,72 @@ def measure(mllm, ways, rounds):
             a, b = (torch.as_tensor(said[name, phase]).float().cpu() for name in ways)
             assert torch.allclose(a, b, atol=exact), f"the two ways do not agree in {phase}: {(a - b).abs().max():.2e}"
     return {name: {phase: statistics.median(values) for phase, values in phases.items()} for name, phases in seconds.items()}, peak
+
+
+class Processor(transformers.Qwen2VLProcessor):
+    """What TRL reads prompts and pictures with: Qwen2-VL's own, but for the part for videos, which would need torchvision."""
+
+    def __init__(self, image_processor, tokenizer):
+        super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def measure_trl(usual, rounds):
+    """Steps of TRL's GRPOTrainer on the games of `usual`, paid by its listener -> {phase or "step": median seconds}, peak GiB or None.
+    It takes the model over for good: the adapters are PEFT's from now on."""
+    import datasets
+    import peft
+    import trl
+
+    mllm, games, config, cuda = usual.mllm, usual.games, usual.config, usual.mllm.device.type == "cuda"
+    names, size = list(grpo.lora_layers(mllm.model)), sum(tensor.numel() for tensor in grpo.lora_state(mllm.model).values())
+    rank, alpha = next((layer.rank, layer.alpha) for layer in grpo.lora_layers(mllm.model).values())
+    grpo.remove_lora(mllm.model)
+    frozen = usual.listen()
+    micro = max(n for n in range(1, config.micro + 1) if len(games) % n == 0)  # its parts of a step are all of one size
+    answer = torch.tensor([game.answer for game in games for _ in range(config.samples)])
+    prompts = [dict(prompt=[dict(role="user", content=text)], image=photo.open()) for [photo], text in usual.prompts]
+    spent = {phase: [] for phase in ("step", "prepare", "rollout", "listen")}
+
+    def pay(completion_ids, **_):
+        """The game's reward. The listener is asked about the same descriptions as in the other two ways, so that it has as much to do."""
+        assert {len(ids) for ids in completion_ids} == {config.max_tokens}, "TRL's answers have another length"
+        with trainer.model.disable_adapter():
+            rho = usual.listen()
+        assert torch.allclose(rho, frozen, atol=1e-2), "TRL's listener answers otherwise"
+        return reward.listener_reward(rho.view(-1, config.k), answer)[0].tolist()
+
+    def clocked(phase, call):
+        def run(*args, **kwargs):
+            started = now(mllm)
+            result = call(*args, **kwargs)
+            spent[phase].append(now(mllm) - started)
+            return result
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.GRPOTrainer(
+            mllm.model, pay, processing_class=Processor(mllm.processor, mllm.tokenizer),
+            train_dataset=datasets.Dataset.from_list(prompts * (rounds + 1)),
+            peft_config=peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names),
+            args=trl.GRPOConfig(
+                folder, max_steps=rounds + 1, shuffle_dataset=False,
+                num_generations=config.samples, max_completion_length=config.max_tokens,
+                temperature=1.0, top_k=0, top_p=1.0, generation_kwargs=dict(min_new_tokens=config.max_tokens),  # which forbids every end of text
+                # All rows of a step are sampled at once and updated on once, in parts: so no pass for the old log-probabilities is needed.
+                per_device_train_batch_size=micro * config.samples, gradient_accumulation_steps=len(games) // micro, num_iterations=1,
+                beta=config.beta, loss_type="grpo", scale_rewards="group", use_bias_correction_kl=False,  # grpo.py's loss
+                bf16=cuda, use_cpu=not cuda, gradient_checkpointing=False,  # it is on by default, which is slower
+                report_to="none", logging_strategy="no", log_multimodal=False, disable_tqdm=True, save_strategy="no"))
+        trainer.remove_callback(transformers.PrinterCallback)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        assert trained == size, f"TRL trains {trained} parameters and not {size}"
+        for phase, name in dict(step="training_step", prepare="_prepare_inputs", rollout="_generate", listen="_calculate_rewards").items():
+            setattr(trainer, name, clocked(phase, getattr(trainer, name)))
+        _, _, peak = timed(mllm, trainer.train)
+    # One entry for each part of a step. "step" contains "prepare", which contains the rollout, the listener and the reference.
+    spent = {phase: torch.tensor(values).view(rounds + 1, -1).sum(1)[1:] for phase, values in spent.items()}  # [rounds]
+    spent |= dict(reference=spent["prepare"] - spent["rollout"] - spent["listen"], update=spent["step"] - spent["prepare"])
+    return {phase: statistics.median(spent[phase].tolist()) for phase in (*PHASES[1:], "step")}, peak
 
 
 def floor(mllm, step):
@@ -272,6 +348,14 @@ if __name__ == "__main__":
     kept = report(seconds, peak, floor(mllm, ways["ours"]), args.games * args.samples * args.max_tokens)
     if args.grow:
         kept["growth"] = grow(mllm, args, config)
+    if missing := [name for name in ("trl", "peft") if not importlib.util.find_spec(name)]:
+        print(f'\nTRL: skipped, {" and ".join(missing)} not installed (pip install "trl[peft]==1.16.0")')
+    else:
+        trl_seconds, trl_peak = measure_trl(ways["usual"], args.rounds)  # last, because it takes the model over
+        kept["seconds"]["trl"], kept["peak_gib"]["trl"] = trl_seconds, trl_peak
+        kept["ratio"]["step_trl"] = trl_seconds["step"] / sum(seconds["ours"].values())
+        print("\nTRL's GRPOTrainer, s: " + ", ".join(f"{phase} {value:.3f}" for phase, value in trl_seconds.items())
+              + f"; {kept['ratio']['step_trl']:.1f} times ours" + (f"; peak memory {trl_peak:.1f} GiB" if trl_peak else ""))
     if args.json:
         grpo.write_atomically(args.json, lambda path: path.write_text(json.dumps(kept | {"device": rrg.machine(mllm.device), "arguments": {
             name: str(value) for name, value in vars(args).items()}}, indent=1)))
