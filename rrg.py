@@ -382,7 +382,7 @@ class Config:
 
 
 # What the toy model needs instead
-TOY = dict(steps=200, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=20736, min_chars=30)
+TOY = dict(steps=60, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weight=0.2, max_tokens=56, max_pixels=20736, min_chars=30)
 SFT = dict(samples=1, beta=0.0)  # it learns one given answer a prompt, and has no reference
 
 

@@ -1,5 +1,6 @@
 """The toy world: truth can be read off the words, and the shipped model is as honest as the README says."""
 import functools
+import math
 import random
 import re
 from collections import Counter
@@ -133,23 +134,41 @@ def test_repics_lessons_tell_the_truth_in_words_the_model_knows():
     seen = Counter()
     for _ in range(900):
         task, many = rng.choice(["oct", "vlt", "ict"]), rng.randrange(5)
-        pictures, text, answer, agree = toy.repic_lesson(task, bank, many, rng)
+        pictures, text, answer, hint = toy.repic_lesson(tokenizer, task, bank, many, rng)
         assert tokenizer.unk_token_id not in tokenizer(text + answer)["input_ids"] and tokenizer.decode(tokenizer(answer)["input_ids"]).replace(" ", "") == answer.replace(" ", "")
         numbers = [picture.item() for picture in pictures]
         things = scenes[numbers[-1] - 1000][0] if numbers[-1] >= 1000 else [photos[numbers[-1]]]
         if task == "oct":
             same = [photos[numbers[0]].truth[kind] == photos[numbers[1]].truth[kind] for kind in ("category", *toy.IDENTITY)]
-            assert agree == same and answer == ("yes" if all(same) else "no")
-        if task == "vlt":
+            assert hint == same and answer in {"yes" if all(same) else "no", "yes" if all(same[:2]) else "no"}  # at a look or at a glance
+            seen["wrong"] += all(same) != (answer == "yes")
+        if task == "vlt" and answer == '{"bbox_2d": [0, 0, 144, 144]}':
+            seen["lazy"] += 1
+        elif task == "vlt":
             target = things[scenes[numbers[0] - 1000][2].index(tuple(map(int, reward.read_box(answer))))]
             assert toy.oracle(text, target.truth)
+            words = {tuple(tokenizer.convert_ids_to_tokens(row[:4].tolist())) for row in hint if row[4] == 1}
+            assert words == {toy.Bank.identity(target.truth)} and (hint[:, 4] == 1).sum() == 16 and (hint[:, 4] >= 0).sum() == 16 * len(things)
         if task == "ict":
             given, used = re.findall(r"<[a-z]+-\d+>", text), re.findall(r"<[a-z]+-\d+>", answer)
             assert len(given) == max(1, many) == len(numbers) - 1 and set(used) <= set(given) and len(set(used)) == len(used)
-            there = [toy.Bank.identity(photos[number]) in map(toy.Bank.identity, things) for number in numbers[:-1]]
+            there = [toy.Bank.identity(photos[number].truth) in [toy.Bank.identity(thing.truth) for thing in things] for number in numbers[:-1]]
             assert all(there[given.index(name)] for name in used)  # a reference that is not in the scene is never named
         seen[task, bool(re.search("<", answer)), answer[:2]] += 1
+    assert 100 < seen["lazy"] < 260 and seen["wrong"] > 5
     assert seen["oct", False, "ye"] > 60 and seen["oct", False, "no"] > 60 and sum(n for (task, named, _), n in seen.items() if task == "ict" and named) > 20
+
+
+def test_where_a_head_is_shown_to_look():
+    ids, labels = torch.tensor([[7, 5, 6, 9, 5]]), torch.tensor([[-100, -100, -100, 5, 6]])  # 5 is said at place 4, 6 after it
+    where = toy.copied(ids, labels, torch.tensor([5, 6]))
+    assert where.nonzero().tolist() == [[0, 3, 1], [0, 4, 2]]
+    attention = torch.zeros(1, 2, 5, 5)
+    attention[0, 1, 3, 1], attention[0, 1, 4, 2] = 1.0, 0.25
+    assert toy.look(attention, 1, where).item() == pytest.approx(math.log(4) / 2)  # -log 1 and -log 1/4
+    assert toy.look(attention, 1, where & False) == 0
+    where[0, 4, 3], attention[0, 1, 4, 3] = True, 0.25  # now place 4 looks evenly at two places, but at half strength
+    assert toy.look(attention, 1, where).item() == pytest.approx(math.log(2) / 2)
 
 
 def test_the_checkpoint_is_small_and_ordinary():
