@@ -1,6 +1,6 @@
 """picture.py: held-out games of a finished run, as people see them.
 
-    python benchmarks/picture.py runs/seed-0 --out assets/game.png --games 1
+    python benchmarks/picture.py runs/study/rrg-0-60 --out assets/game.png --games 1
 
 For each game: the photo that the speaker sees; what it said before training (LoRA off) and after; and, under each picture of the pool,
 how well the listener thinks either description fits it.

@@ -1,14 +1,15 @@
-"""study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the README's table of who beats whom.
+"""study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the README's tables.
 
-    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 10 minutes on two CPU cores
+    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 5 minutes on two CPU cores
     python benchmarks/study.py             # every row, seeds 0 to 4: hours; stop it whenever you like, it goes on where it was
     python benchmarks/study.py --report    # run nothing: only the tables, claims and curves of what is in the CSV
 
-A run is `rrg.py` with the flags of its row below, then `evaluate.py`'s table of its adapter. Each finished run is kept at once as one line
-of benchmarks/study.csv: all figures, and the curves of reward and KL as means over twentieths of the run. Several processes may share
-the file, each with --seeds of its own (on two cores two of them with OMP_NUM_THREADS=1 get more done than one with both).
+A run is `rrg.py` with the flags of its row below and its defaults for the rest, then `evaluate.py`'s table of its adapter. Each finished run is
+kept at once as one line of benchmarks/study.csv: all figures, and curves as means over twentieths of the run. Several processes may share the
+file, each with --seeds of its own (on two cores two of them with OMP_NUM_THREADS=1 get more done than one with both).
 
-A claim is the difference of two rows, seed by seed. It holds if its mean lies more than one standard deviation above 0.
+Figures are mean ± standard deviation over the seeds. A claim is the difference of two rows, seed by seed; it holds if its mean lies more than one
+standard deviation above 0.
 """
 import argparse
 import csv
@@ -24,10 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import rrg  # noqa: E402
-from seeds import spread  # noqa: E402
 
-STEPS = 100
-MODEL = str(ROOT / "benchmarks" / "toy-repic")  # the toy model that knows RePIC's tasks
 ROWS = {
     "base": None,
     "SFT": ["--method", "sft"],
@@ -50,6 +48,9 @@ ROWS = {
     "RRG, listener trained along": ["--listener", "trained"],
 }
 MAIN = ("base", "SFT", "RePIC", "RRG")
+GAMES = ("identification", "oracle", "leakage", "coverage", "parsed")
+PARTS = ("seen", "unseen")
+CURVES = ("reward", "kl", "oracle")
 COLUMNS = {"caption F1": "captioning_f1", "recognition": "recognition_weighted", "VQA": "vqa", "leakage": "leakage", "oracle": "oracle",
            "1 name": "names_1_right_f1", "2 names": "names_2_right_f1", "2 names, retrieved": "names_2_retrieved_f1",
            "2 names, wrong": "names_2_wrong_f1", "4 names": "names_4_right_f1"}
@@ -74,23 +75,24 @@ CLAIMS = [  # what is claimed, the row that should be higher, the other one, of 
 def figures(row, seed, steps, folder):
     """Run one row with one seed -> {column of the CSV: value}."""
     line, models = {"row": row, "seed": seed, "steps": steps}, ["base"]
-    options = evaluate.settings(["--seed", str(seed), "--model", MODEL, "--grounding"])
+    options = evaluate.settings(["--seed", str(seed), "--grounding"])
     if ROWS[row] is not None:
         if not (folder / "result.json").exists():
-            begin = ["--model", MODEL, "--seed", str(seed), "--steps", str(steps), *ROWS[row]]
+            begin = ["--seed", str(seed), "--steps", str(steps), *ROWS[row]]
             subprocess.run([sys.executable, ROOT / "rrg.py", "--out", folder, *(["--resume"] if (folder / "state.pt").exists() else begin)], check=True)
         result, models = json.loads((folder / "result.json").read_text()), [str(folder / "adapter")]
         line["seconds"] = result["seconds"]
-        for part, after in (("seen", result["after"]), ("unseen", result["after"]["unseen"])):
-            line |= {f"{part}_game_{name}": value for name, value in after.items() if name != "unseen"}
+        for when in ("before", "after"):
+            for part, games in zip(PARTS, (result[when], result[when]["unseen"])):
+                line |= {f"{part}_{name}_{when}": value for name, value in games.items() if name != "unseen"}
         with open(folder / "metrics.csv") as file:
             log = list(csv.DictReader(file))
-        for name in ("reward", "kl"):
+        for name in CURVES if log[0]["oracle"] else CURVES[:2]:
             twentieths = [[float(r[name]) for r in log[i * len(log) // 20:(i + 1) * len(log) // 20]] for i in range(20)]
             line[f"{name}_curve"] = " ".join(f"{statistics.mean(values):.4g}" for values in twentieths if values)
     mllm = rrg.MLLM(options.model, options.max_pixels)
     table = evaluate.table(mllm, mllm, options, models)["rows"][models[0]]
-    for part in ("seen", "unseen"):
+    for part in PARTS:
         line |= {f"{part}_{name}": value for name, value in table[part].items() if name != "counts"}
         line[f"{part}_oracle"] = oracle(mllm, line, part, seed)
     return line
@@ -99,10 +101,10 @@ def figures(row, seed, steps, folder):
 def oracle(mllm, line, part, seed):
     """Share of hard held-out games that the greedy descriptions win by the truth. Rows that play the game measured it; the others'
     speakers are put to the same games."""
-    if f"{part}_game_oracle" in line:
-        return line[f"{part}_game_oracle"]
-    config = rrg.settings(["--seed", str(seed), "--model", MODEL])[0]
-    games = dict(zip(("seen", "unseen"), rrg.set_up(config, mllm)[1:]))[part]
+    if f"{part}_oracle_after" in line:
+        return line[f"{part}_oracle_after"]
+    config = rrg.settings(["--seed", str(seed)])[0]
+    games = dict(zip(PARTS, rrg.set_up(config, mllm)[1:]))[part]
     return rrg.measure(mllm, games, config)[0]["oracle"]
 
 
@@ -116,10 +118,9 @@ def read(file):
 
 def keep(file, line):
     """Append one line; the first run that is kept writes the heading, which has room for every method."""
-    names = ["row", "seed", "steps", "seconds", "reward_curve", "kl_curve"]
-    names += [f"{part}_game_{name}" for part in ("seen", "unseen")
-              for name in ("identification", "oracle", "leakage", "coverage", "parsed", *rrg.KINDS)]
-    names += [f"{part}_{name}" for part in ("seen", "unseen")
+    names = ["row", "seed", "steps", "seconds", *(f"{name}_curve" for name in CURVES)]
+    names += [f"{part}_{name}_{when}" for part in PARTS for when in ("before", "after") for name in (*GAMES, *rrg.KINDS)]
+    names += [f"{part}_{name}" for part in PARTS
               for name in [*evaluate.COLUMNS, "oracle", *(key.replace("f1", f) for key in evaluate.GROUNDING for f in ("precision", "recall", "f1"))]]
     new = not file.exists()
     with open(file, "a", newline="") as lines:
@@ -129,24 +130,55 @@ def keep(file, line):
         table.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in line.items()})
 
 
+def spread(values, form="{:.1%}"):
+    """Mean ± standard deviation over the seeds; "-" for none."""
+    return f"{form.format(statistics.mean(values))} ± {form.replace('+', '').format(statistics.stdev(values) if len(values) > 1 else 0)}" if values else "-"
+
+
+def show(title, columns, rows):
+    """Print a Markdown table: rows {name: cells}."""
+    print(f"\n| {title} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def report(lines, steps):
     """Print the tables and the claims -> {row: [line of each seed]}."""
     runs = {row: [line for (name, _, length), line in sorted(lines.items(), key=lambda item: item[0][1]) if name == row and length == steps] for row in ROWS}
     runs = {row: some for row, some in runs.items() if some}
-    for part in ("seen", "unseen"):
-        print(f"\n| {part} categories | seeds | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
-        for row, some in runs.items():
-            values = {name: [float(line[f"{part}_{key}"]) for line in some if line[f"{part}_{key}"]] for name, key in COLUMNS.items()}
-            print(f"| {row} | {len(some)} | " + " | ".join(spread(value) if value else "-" for value in values.values()) + " |")
-    print("\n| claim | difference, seen | | difference, unseen | |\n|---|---|---|---|---|")
+    values = lambda row, key: {line["seed"]: float(line[key]) for line in runs.get(row, ()) if line.get(key)}  # noqa: E731
+    means = lambda row, key, form="{:.1%}": spread(list(values(row, key).values()), form)  # noqa: E731
+
+    def gaps(high, low, key):
+        a, b = values(high, key), values(low, key)
+        return [a[seed] - b[seed] for seed in a if seed in b]
+
+    for row, names in (("RRG", GAMES), ("RePIC", rrg.KINDS)):
+        show(f"{row}, held out", ["before", "after", "before, unseen categories", "after, unseen categories"],
+             {name: [means(row, f"{part}_{name}_{when}") for part in PARTS for when in ("before", "after")] for name in names})
+    tasks = {}
+    for key in evaluate.COLUMNS:
+        form = "{:.1f}" if key == "words" else "{:.1%}"
+        tasks[key.replace("_", " ")] = sum([[means("base", f"{part}_{key}", form), means("RRG", f"{part}_{key}", form),
+                                             spread(gaps("RRG", "base", f"{part}_{key}"), form.replace(":", ":+"))] for part in PARTS], [])
+    show("", ["base", "RRG", "gain", "base, unseen categories", "RRG, unseen categories", "gain, unseen categories"], tasks)
+    for part in PARTS:
+        show(f"{part} categories", ["seeds", *COLUMNS],
+             {row: [str(len(some)), *(means(row, f"{part}_{key}") for key in COLUMNS.values())] for row, some in runs.items()})
+    claims = {}
     for text, high, low, key in CLAIMS:
-        cells = []
-        for part in ("seen", "unseen"):
-            a, b = ({line["seed"]: float(line[f"{part}_{key}"]) for line in runs.get(row, ())} for row in (high, low))
-            gaps = [a[seed] - b[seed] for seed in a if seed in b]
-            above = len(gaps) > 1 and statistics.mean(gaps) > (-1 if "at least" in text else 1) * statistics.stdev(gaps)
-            cells += [spread(gaps, "{:+.1%}") if gaps else "-", "" if len(gaps) < 2 else "holds" if above else "does **not** hold"]
-        print(f"| {text} | " + " | ".join(cells) + " |")
+        claims[text] = []
+        for part in PARTS:
+            gap = gaps(high, low, f"{part}_{key}")
+            above = len(gap) > 1 and statistics.mean(gap) > (-1 if "at least" in text else 1) * statistics.stdev(gap)
+            claims[text] += [spread(gap, "{:+.1%}"), "" if len(gap) < 2 else "holds" if above else "does **not** hold"]
+    show("claim", ["difference, seen categories", "", "difference, unseen categories", ""], claims)
+    fifths = [[statistics.mean(curve[i:i + 4]) for i in range(0, 20, 4)] for line in runs.get("RRG", ())
+              if len(curve := [float(value) for value in line["oracle_curve"].split()]) == 20]
+    if fifths:
+        print(f"\nRRG: training takes {means('RRG', 'seconds', '{:.0f}')} s; the oracle accepts of the sampled descriptions, by fifths of training, "
+              f"{', '.join(spread(five) for five in zip(*fifths))}; the last fifth lies at most {max(max(five) - five[-1] for five in fifths):.1%} below the "
+              "best of its run")
     return runs
 
 
@@ -175,12 +207,12 @@ def curves(runs, file):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the four main rows, seed 0, 30 steps; kept in runs/study-quick.csv")
+    parser.add_argument("--quick", action="store_true", help="the main rows, seed 0, 30 steps; kept in runs/study-quick.csv")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds to run (default 0 1 2 3 4)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="rows to run (default: all): " + "; ".join(ROWS))
     args = parser.parse_args()
-    file, steps = (ROOT / "runs" / "study-quick.csv", 30) if args.quick else (ROOT / "benchmarks" / "study.csv", STEPS)
+    file, steps = (ROOT / "runs" / "study-quick.csv", 30) if args.quick else (ROOT / "benchmarks" / "study.csv", rrg.TOY["steps"])
     file.parent.mkdir(exist_ok=True)
     wanted = [(row, seed) for seed in ([0] if args.quick else args.seeds) for row in (MAIN if args.quick else args.rows)]
     for row, seed in [] if args.report else wanted:

@@ -31,11 +31,19 @@ def test_evaluation_commands_are_understood(command):
     assert evaluate.settings(shlex.split(command)[2:]).k == 3
 
 
-@pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/seeds.py", "benchmarks/picture.py", "benchmarks/sharing.py",
+@pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", "benchmarks/picture.py", "benchmarks/sharing.py",
                                     "benchmarks/study.py", "benchmarks/speed.py"])
 def test_help_teaches(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python " + script in done.stdout
+
+
+def test_its_tables_are_the_studys():
+    """Every table that `study.py --report` prints of the CSV beside it stands in the README, to the digit."""
+    done = subprocess.run([sys.executable, "benchmarks/study.py", "--report"], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("|", "RRG: "))]
+    assert done.returncode == 0 and len(lines) > 60
+    assert not [line for line in lines if line not in TEXT.splitlines()]
 
 
 def test_files_and_links_exist():
