@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                                   # the toy model on this machine
     python benchmarks/speed.py --model DIR --tokens 256 --games 16 --max-tokens 96      # a real one, on a GPU: 256 image tokens a picture
-    python benchmarks/speed.py --grow --json speed.json          # how cost grows with G, K, picture size and games a step
+    python benchmarks/speed.py --grow growth.svg --json speed.json     # how cost grows with G, K, picture size and games a step
 
 Ours: each picture is encoded once; each prompt is read once and continued by its G answers, in sampling, reference and policy, and by every
 description put to a candidate. The usual way, as in TRL and the authors' research code: `generate`, and plain forward passes, over B x G rows
@@ -318,6 +318,21 @@ def grow(mllm, args, base):
     return rows
 
 
+def plot(rows, file):
+    """The growth table as bars: milliseconds an answer, one panel a setting, all to one scale."""
+    names, top, parts = list(dict.fromkeys(row[0] for row in rows)), max(row[3] for row in rows), []
+    titles = {"samples": "G, answers a game", "k": "K, pictures in a pool", "tokens": "image tokens a picture", "games": "games a step"}
+    for panel, name in enumerate(names):
+        left = 20 + 230 * panel
+        parts.append(f'<text x="{left}" y="22" font-weight="bold">{titles[name]}</text><path d="M{left} 170H{left + 200}" stroke="#888"/>')
+        for place, (_, value, _, spent, _) in enumerate(row for row in rows if row[0] == name):
+            x, high = left + 6 + 39 * place, 110 * spent / top
+            parts.append(f'<rect x="{x}" y="{170 - high:.1f}" width="30" height="{high:.1f}" fill="#2471a3"/>'
+                         f'<text x="{x + 15}" y="{164 - high:.1f}" text-anchor="middle">{spent:.1f}</text><text x="{x + 15}" y="188" text-anchor="middle">{value}</text>')
+    file.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {230 * len(names) + 20} 200" font-family="sans-serif" font-size="13">'
+                    f'<rect width="{230 * len(names) + 20}" height="200" fill="white"/>{"".join(parts)}</svg>\n')
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(toy.FOLDER), help="checkpoint (default: the toy model)")
@@ -329,7 +344,7 @@ if __name__ == "__main__":
     parser.add_argument("--micro", type=int, default=4, help="games that go through a pass with gradient at once, in both ways (default 4)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
-    parser.add_argument("--grow", action="store_true", help="also: how our cost grows with G, K, picture size and games")
+    parser.add_argument("--grow", type=pathlib.Path, metavar="FILE", help="also: how our cost grows with G, K, picture size and games; drawn to this SVG file")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything here")
     args = parser.parse_args()
     mllm = rrg.MLLM(args.model, 2 ** 22)
@@ -348,6 +363,7 @@ if __name__ == "__main__":
     kept = report(seconds, peak, floor(mllm, ways["ours"]), args.games * args.samples * args.max_tokens)
     if args.grow:
         kept["growth"] = grow(mllm, args, config)
+        plot(kept["growth"], args.grow)
     if missing := [name for name in ("trl", "peft") if not importlib.util.find_spec(name)]:
         print(f'\nTRL: skipped, {" and ".join(missing)} not installed (pip install "trl[peft]==1.16.0")')
     else:
