@@ -176,7 +176,7 @@ def report(lines, steps):
     fifths = [[statistics.mean(curve[i:i + 4]) for i in range(0, 20, 4)] for line in runs.get("RRG", ())
               if len(curve := [float(value) for value in line["oracle_curve"].split()]) == 20]
     if fifths:
-        print(f"\nRRG: training takes {means('RRG', 'seconds', '{:.0f}')} s; the oracle accepts of the sampled descriptions, by fifths of training, "
+        print(f"\nRRG: the oracle accepts of the *sampled* descriptions, by fifths of training, "
               f"{', '.join(spread(five) for five in zip(*fifths))}; the last fifth lies at most {max(max(five) - five[-1] for five in fifths):.1%} below the "
               "best of its run")
     return runs
