@@ -279,7 +279,6 @@ def new_model(tokenizer):
     vision = dict(hidden_size=WIDTH, embed_dim=WIDTH, depth=BLOCKS, num_heads=4, patch_size=8, spatial_merge_size=2)
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ends, **markers)
     model = Qwen2VLForConditionalGeneration(config)
-    model.model.language_model.embed_tokens.weight.data.mul_(15)  # a word of size .02 drowns in what the layers add: names were never copied
     model.generation_config = GenerationConfig(**ends | {"eos_token_id": [ends["eos_token_id"], ends["pad_token_id"]]})
     return model
 
@@ -706,6 +705,7 @@ def build(folder, pictures, vision_steps, language_steps):
     photos = [Photo(f"bank/{i}", functools.partial(Image.fromarray, picture), truth) for i, (picture, truth) in enumerate(drawn)]
     tokenizer = new_tokenizer()
     model = new_model(tokenizer)
+    model.model.language_model.embed_tokens.weight.data.mul_(15)  # a word of size .02 drowns in what the layers add: names were never copied
     processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=SIDE ** 2, max_pixels=(9 * SIDE // 4) ** 2)
     if vision_steps:
         fit_vision(model, processor, photos, vision_steps)
