@@ -560,9 +560,9 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
 def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, whole_names=False):
     """Each question is its own continuation of the picture: packed into one row, they would answer each other.
 
-    Names are of any category at first: where the photo tells half of a name, the other half is not learned to be copied from the right
-    line (it stayed at chance for 1000 steps). With `whole_names` a gentle last helping of everything, in which things have names of their
-    own categories, and both parts of a name weigh as much as any other answer. Of RePIC's tasks finding things needs the most practice.
+    Names are of any category at first, so that no half of a name can be told from the photo: both have to be copied. With `whole_names` a
+    gentle last helping of everything, in which things have names of their own categories, and both parts of a name weigh as much as any
+    other answer. Of RePIC's tasks finding things needs the most practice.
     """
     judge, compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
     rng, decoder, features, shown = random.Random(0), model.model.language_model, bank.alone, {}
