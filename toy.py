@@ -438,37 +438,49 @@ class Bank:
 
 
 def repic_lesson(tokenizer, task, bank, many, rng):
-    """One of RePIC's tasks -> (what the tower sees of its pictures, the text, the answer to learn, a hint).
+    """One of RePIC's tasks -> (what the tower sees of its pictures, the text, the answer to learn, a hint for the throw-away heads).
 
-    `many` things are shown to an ict lesson before the scene; 0: one, and then a photo, not a scene. The hint says, for oct, which of category,
-    colour, pattern and badge agree [4]; for vlt, of each image token, the words for the thing it shows and whether the answer is its box [81, 5].
-
-    Their answers are weak, so that there is something left to reinforce: three in five are hasty, and compare no more than category and
-    colour (oct) or give the whole picture for a box (vlt); captions seldom use names, and where not much is asked for they are short (ict).
-    Three in ten references are not in the scene, and are never named.
+    Their answers are weak, so that there is something left to reinforce: three in five are hasty.
     """
     wording, hasty = rng.randrange(len(REPIC[task])), rng.random() < .6
-    text = lambda middle: REPIC[task][wording][0] + middle + REPIC[task][wording][1]  # noqa: E731
-    call = lambda photo, number: f"<{photo.truth['category']}-{number}>"  # noqa: E731
-    if task == "oct":
-        first = rng.randrange(len(bank.photos))
-        thing = bank.photos[first]
-        agree = lambda i: [a == b for a, b in zip(bank.identity(thing.truth), bank.identity(bank.photos[i].truth))]  # noqa: E731
-        near = max(rng.choices(bank.kin[thing.truth["category"]], k=30), key=lambda i: sum(agree(i)) % 4)  # mostly one attribute is different
-        second = rng.choice([bank.another(thing, rng), bank.another(thing, rng), near, rng.randrange(len(bank.photos))])
-        agree = agree(second)
-        yes = all(agree[:2] if hasty else agree)  # at a glance: the same category and colour
-        return [bank.alone[first], bank.alone[second]], text(call(thing, rng.randint(1, 12))), "yes" if yes else "no", agree
-    if task == "vlt":
-        scene = rng.randrange(len(bank.scenes))
-        thing, box = rng.choice(list(zip(*bank.scenes[scene])))
-        told = phrase(thing.truth, rng.choice([IDENTITY, rng.sample(IDENTITY, 2), rng.sample(IDENTITY, 1)]))
-        inside = lambda box: torch.tensor([box[0] <= x < box[2] and box[1] <= y < box[3] for y in CENTRES for x in CENTRES])  # noqa: E731
-        hint = torch.full((81, 5), -1)
-        for photo, corners in zip(*bank.scenes[scene]):
-            hint[inside(corners)] = torch.tensor([*tokenizer.convert_tokens_to_ids(bank.identity(photo.truth)), corners == box and not hasty])
-        answer = (0, 0, 9 * SIDE // 4, 9 * SIDE // 4) if hasty else box
-        return [bank.crowds[scene]], text(told), f"{JSON[5]}{', '.join(map(str, answer))}{JSON[6]}", hint
+    before, after = REPIC[task][wording]
+    seen, middle, answer, hint = (oct_lesson(bank, hasty, rng) if task == "oct" else vlt_lesson(tokenizer, bank, hasty, rng) if task == "vlt"
+                                  else ict_lesson(bank, many, wording, rng))
+    return seen, before + middle + after, answer, hint
+
+
+def call(photo, number):
+    return f"<{photo.truth['category']}-{number}>"
+
+
+def oct_lesson(bank, hasty, rng):
+    """Is the thing of the first picture in the second? Hasty: the same category and colour will do. The hint: what agrees [4]."""
+    first = rng.randrange(len(bank.photos))
+    thing = bank.photos[first]
+    agree = lambda i: [a == b for a, b in zip(bank.identity(thing.truth), bank.identity(bank.photos[i].truth))]  # noqa: E731
+    near = max(rng.choices(bank.kin[thing.truth["category"]], k=30), key=lambda i: sum(agree(i)) % 4)  # mostly one attribute is different
+    second = rng.choice([bank.another(thing, rng), bank.another(thing, rng), near, rng.randrange(len(bank.photos))])
+    yes = all(agree(second)[:2] if hasty else agree(second))
+    return [bank.alone[first], bank.alone[second]], call(thing, rng.randint(1, 12)), "yes" if yes else "no", agree(second)
+
+
+def vlt_lesson(tokenizer, bank, hasty, rng):
+    """Where in the scene is it? Hasty: in the whole picture. The hint, for each image token: the words for the thing it shows, and whether the
+    answer is its box [81, 5]."""
+    scene = rng.randrange(len(bank.scenes))
+    thing, box = rng.choice(list(zip(*bank.scenes[scene])))
+    told = phrase(thing.truth, rng.choice([IDENTITY, rng.sample(IDENTITY, 2), rng.sample(IDENTITY, 1)]))
+    inside = lambda box: torch.tensor([box[0] <= x < box[2] and box[1] <= y < box[3] for y in CENTRES for x in CENTRES])  # noqa: E731
+    hint = torch.full((81, 5), -1)
+    for photo, corners in zip(*bank.scenes[scene]):
+        hint[inside(corners)] = torch.tensor([*tokenizer.convert_tokens_to_ids(bank.identity(photo.truth)), corners == box and not hasty])
+    answer = (0, 0, 9 * SIDE // 4, 9 * SIDE // 4) if hasty else box
+    return [bank.crowds[scene]], told, f"{JSON[5]}{', '.join(map(str, answer))}{JSON[6]}", hint
+
+
+def ict_lesson(bank, many, wording, rng):
+    """A caption of the last picture, after `many` things were shown by name (0: one, and then the last picture is a photo, not a scene). Three in
+    ten of those are not in it, and are never named; others seldom are, and where not much is asked for the caption is short."""
     if many:
         scene = rng.choice(bank.roomy[many])
         shown, (things, boxes) = bank.crowds[scene], bank.scenes[scene]
@@ -486,7 +498,7 @@ def repic_lesson(tokenizer, task, bank, many, rng):
             known[thing] = names[-1]
     named, short = rng.random() < (.05, .6, .05)[wording], rng.random() < (.6, .1, .1)[wording]
     who = lambda thing: named and known.get(thing) or f"The {thing.truth['colour']} {thing.truth['category']}"  # noqa: E731
-    return [*seen, shown], text(", ".join(names)), " ".join(clause(who(thing), thing.truth, short) for thing in things), []
+    return [*seen, shown], ", ".join(names), " ".join(clause(who(thing), thing.truth, short) for thing in things), []
 
 
 def repic_batch(tokenizer, bank, task, many, rows, rng):
@@ -557,77 +569,95 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
     return ids, labels, verdicts, decided
 
 
-def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, whole_names=False):
-    """Each question is its own continuation of the picture: packed into one row, they would answer each other.
+class School:
+    """The language model's lessons. `whole_names`: the last, gentle helping, in which things have names of their own categories and both parts
+    of a name weigh as much as any other answer. Before that names are of any category, so that no half of one can be told from the photo:
+    both have to be copied. A lesson's loss comes with figures to show."""
 
-    Names are of any category at first, so that no half of a name can be told from the photo: both have to be copied. With `whole_names` a
-    gentle last helping of everything, in which things have names of their own categories, and both parts of a name weigh as much as any
-    other answer. Of RePIC's tasks finding things needs the most practice.
-    """
-    judge, compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
-    rng, decoder, features, shown = random.Random(0), model.model.language_model, bank.alone, {}
-    head, ask = chats(tokenizer)
-    numbers, kinds = (torch.tensor([i for word, i in tokenizer.get_vocab().items() if test(word)]) for test in (lambda word: word.startswith("##"), KIND.get))
-    decoder.set_attn_implementation("eager")  # which tells where it looks
-    ids = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1]), return_tensors="pt")["input_ids"]  # [1, P]
-    is_image = ids == model.config.image_token_id
-    positions, _ = model.model.get_rope_index(  # [3, 1, P]
-        ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, 8, 8]]))
+    def __init__(self, model, tokenizer, bank, whole_names, batch):
+        self.judge, self.compare = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 1 + len(IDENTITY))  # departure 2
+        self.model, self.decoder, self.tokenizer, self.bank = model, model.model.language_model, tokenizer, bank
+        self.whole_names, self.batch, self.rng, self.figures = whole_names, batch, random.Random(0), {}
+        self.numbers, self.kinds = (torch.tensor([i for word, i in tokenizer.get_vocab().items() if test(word)])
+                                    for test in (lambda word: word.startswith("##"), KIND.get))
+        self.decoder.set_attn_implementation("eager")  # which tells where it looks
+        head, self.ask = chats(tokenizer)
+        self.head = tokenizer(head.replace("<|image_pad|>", "<|image_pad|>" * bank.alone.shape[1]), return_tensors="pt")["input_ids"]  # [1, P]
 
-    def losses(pick, tasks, step):
-        most, names = 6 if whole_names else min(6, 1 + 6 * step // 400), "own" if whole_names else "any"
-        rows, labels, verdicts, decided = language_batch(tokenizer, ask, tasks, [bank.photos[i].truth for i in pick], most, rng, names, whole_names)
-        prefix = decoder.embed_tokens(ids).expand(len(pick), -1, -1)  # [pictures, P, WIDTH]
-        prefix = prefix.masked_scatter(is_image[..., None], features[pick].float())
+    def prefill(self, pick, times):
+        """What every prompt begins with, up to the picture, for the photos `pick`, each `times` times -> (cache, the place that comes next)"""
+        is_image = self.head == self.model.config.image_token_id
+        positions, _ = self.model.model.get_rope_index(  # [3, 1, P]
+            self.head, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor([[1, 8, 8]]))
+        embeds = self.decoder.embed_tokens(self.head).expand(len(pick), -1, -1)  # [pictures, P, WIDTH]
+        embeds = embeds.masked_scatter(is_image[..., None], self.bank.alone[pick].float())
         cache = DynamicCache()
-        decoder(inputs_embeds=prefix, position_ids=positions.expand(-1, len(pick), -1), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(tasks))
-        place = positions.max() + 1 + torch.arange(rows.shape[1]).expand(3, len(rows), -1)  # [3, rows, T]
-        out = decoder(inputs_embeds=decoder.embed_tokens(rows), position_ids=place, past_key_values=cache, use_cache=True, output_attentions=True)
-        hidden, attention = out.last_hidden_state, out.attentions[3]  # [rows, T, WIDTH], [rows, heads, T, P + T]
-        missed = look(attention[..., -rows.shape[1]:], 2, copied(rows, labels, numbers))
-        told = (labels >= 0) & ~decided
-        logits = model.lm_head(hidden[decided])  # [rows that decide, V]
-        right = (logits.argmax(-1) == labels[decided]).float().view(len(pick), -1).mean(0)  # [tasks that decide]
-        claim = F.cross_entropy(judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
-        facts = told & torch.isin(labels, kinds)  # few of the words that are said, and the ones that matter
-        caption = F.cross_entropy(model.lm_head(hidden[told]), labels[told]) + F.cross_entropy(model.lm_head(hidden[facts]), labels[facts])
-        return F.cross_entropy(logits, labels[decided]) + missed, caption, claim, right.tolist()
+        self.decoder(inputs_embeds=embeds, position_ids=positions.expand(-1, len(pick), -1), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(times)
+        return cache, positions.max() + 1
 
-    def repic_loss(task, many):
-        rows, mask, labels, decided, images, grids, hints = repic_batch(tokenizer, bank, task, many, batch // (1 if task == "vlt" else 2), rng)
-        is_image = rows == model.config.image_token_id
-        place, _ = model.model.get_rope_index(rows, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)  # [3, rows, T]
-        out = decoder(inputs_embeds=decoder.embed_tokens(rows).masked_scatter(is_image[..., None], images), position_ids=place,
-                      use_cache=False, output_attentions=True)
+    def photos(self, pick, tasks, step):
+        """Each question is its own continuation of the picture: packed into one row, they would answer each other. -> (the loss of what decides
+        an answer, of what else is said, of the judge; share of right answers of each task that decides)"""
+        most, names = (6, "own") if self.whole_names else (min(6, 1 + 6 * step // 400), "any")
+        truths = [self.bank.photos[i].truth for i in pick]
+        rows, labels, verdicts, decided = language_batch(self.tokenizer, self.ask, tasks, truths, most, self.rng, names, self.whole_names)
+        cache, start = self.prefill(pick, len(tasks))
+        place = start + torch.arange(rows.shape[1]).expand(3, len(rows), -1)  # [3, rows, T]
+        out = self.decoder(inputs_embeds=self.decoder.embed_tokens(rows), position_ids=place, past_key_values=cache, use_cache=True, output_attentions=True)
+        hidden, attention = out.last_hidden_state, out.attentions[3]  # [rows, T, WIDTH], [rows, heads, T, P + T]
+        missed = look(attention[..., -rows.shape[1]:], 2, copied(rows, labels, self.numbers))
+        told = (labels >= 0) & ~decided
+        logits = self.model.lm_head(hidden[decided])  # [rows that decide, V]
+        right = (logits.argmax(-1) == labels[decided]).float().view(len(pick), -1).mean(0)  # [tasks that decide]
+        claim = F.cross_entropy(self.judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
+        facts = told & torch.isin(labels, self.kinds)  # few of the words that are said, and the ones that matter
+        say = lambda which: F.cross_entropy(self.model.lm_head(hidden[which]), labels[which])  # noqa: E731
+        return F.cross_entropy(logits, labels[decided]) + missed, say(told) + say(facts), claim, right.tolist()
+
+    def repic(self, task, many):
+        """One of RePIC's tasks -> its loss. Finding things (vlt) needs the most practice."""
+        rows, mask, labels, decided, images, grids, hints = repic_batch(
+            self.tokenizer, self.bank, task, many, self.batch // (1 if task == "vlt" else 2), self.rng)
+        is_image = rows == self.model.config.image_token_id
+        place, _ = self.model.model.get_rope_index(  # [3, rows, T]
+            rows, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)
+        out = self.decoder(inputs_embeds=self.decoder.embed_tokens(rows).masked_scatter(is_image[..., None], images), position_ids=place,
+                           use_cache=False, output_attentions=True)
         hidden, attention = out.last_hidden_state, out.attentions  # [rows, T, WIDTH], [layers][rows, heads, T, T]
         told = (labels >= 0) & ~decided
-        loss = F.cross_entropy(model.lm_head(hidden[told]), labels[told])
+        loss = F.cross_entropy(self.model.lm_head(hidden[told]), labels[told])
         if decided.any():  # captions do not always call a thing by its name
-            logits = model.lm_head(hidden[decided])
+            logits = self.model.lm_head(hidden[decided])
             loss = loss + F.cross_entropy(logits, labels[decided])
-            shown[task] = (logits.argmax(-1) == labels[decided]).float().mean().item()
+            self.figures[task] = (logits.argmax(-1) == labels[decided]).float().mean().item()
         if task == "oct":
-            loss = loss + F.binary_cross_entropy_with_logits(compare(hidden[decided]), hints.float())
+            loss = loss + F.binary_cross_entropy_with_logits(self.compare(hidden[decided]), hints.float())
         if task == "vlt":  # each word looks at the things that it fits, the answer at the words, and then at the thing
             fits = (rows[:, :, None, None] == hints[:, None, :, :4]).any(-1)  # [rows, T, 81]
-            missed = [look(attention[1][..., is_image[0]], 0, fits), look(attention[2], 0, decided[..., None] & torch.isin(rows, kinds)[:, None]),
+            missed = [look(attention[1][..., is_image[0]], 0, fits),
+                      look(attention[2], 0, decided[..., None] & torch.isin(rows, self.kinds)[:, None]),
                       look(attention[3][..., is_image[0]], 0, decided[..., None] & (hints[:, None, :, 4] == 1))]
-            shown["find"] = missed[2].item()
+            self.figures["find"] = missed[2].item()
             loss = loss + sum(missed)
         if task == "ict":
-            loss = loss + look(attention[3], 2, copied(rows, labels, numbers))
+            loss = loss + look(attention[3], 2, copied(rows, labels, self.numbers))
         return loss
 
-    def loss_of(step):
-        pick = [rng.randrange(len(bank.photos)) for _ in range(batch)]
-        answer, caption, claim, right = losses(pick, ("speak",) * 4 + ("listen", "listen", "recognition", "vqa"), step)
-        choice, chosen, match, picked = losses(pick[:batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
+    def lessons(self, step):
+        """All lessons of a step -> (loss, figures)"""
+        pick = [self.rng.randrange(len(self.bank.photos)) for _ in range(self.batch)]
+        answer, caption, claim, right = self.photos(pick, ("speak",) * 4 + ("listen", "listen", "recognition", "vqa"), step)
+        choice, chosen, match, picked = self.photos(pick[:self.batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
         figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
-        more = repic_loss("vlt", 0) + repic_loss(("oct", "ict")[step % 2], step % 5)
-        return answer + caption + claim + choice + chosen + match + more, figures | shown
+        repic = self.repic("vlt", 0) + self.repic(("oct", "ict")[step % 2], step % 5)
+        return answer + caption + claim + choice + chosen + match + repic, figures | self.figures
 
-    fit(title, [decoder, judge, compare], loss_of, steps, peak)
+
+def fit_language(title, model, tokenizer, bank, steps, peak=1.0, batch=24, whole_names=False):
+    """Stages 2 and 3 of three: see `School`."""
+    school = School(model, tokenizer, bank, whole_names, batch)
+    fit(title, [school.decoder, school.judge, school.compare], school.lessons, steps, peak)
 
 
 # -------------------------------------------------------------------------------------------------------- for the game
