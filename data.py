@@ -14,7 +14,7 @@ Layouts that `load_concepts` reads, told apart by where the pictures lie:
     <root>/<number>/*.jpg with *.npy                  ObjectsWithStateChange, whose array gives each number's category
 
 and beside them, for evaluate.py: RAP's databases of descriptions (`read_database`), Yo'LLaVA's questions (`load_questions`), RAP's list of
-recognition pairs (`load_pairs`), and photos of several named things at once (`load_queries`: RAP's <A>_and_<B>/ folders, RePIC's JSON).
+recognition pairs (`load_pairs`).
 
 Where it departs from the paper and its authors' research code:
 1. Everything random is seeded by text, never by Python's hash(): the same seed makes the same games on every machine.
@@ -22,6 +22,7 @@ Where it departs from the paper and its authors' research code:
 3. Concepts are split, not photos: some concepts, and where there are four categories or more some whole categories, are never trained on.
 """
 import contextlib
+import hashlib
 import json
 import pathlib
 import random
@@ -189,12 +190,12 @@ def place(path, root, loose):
 def load_concepts(root, log=print, least=2):
     """Read a folder of photos -> [Concept, ...] sorted by name, each with at least `least` readable photos.
 
-    Every photo is opened once, so that a broken one is found now and not in the middle of training. Broken photos and concepts left
-    with too few are skipped, counted and reported through `log`. Where one photo is enough (`least` 1), one that lies in the root
-    itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
+    Every photo is opened once, so that a broken one is found now and not in the middle of training. Broken photos, copies of another photo
+    of the same concept and concepts left with too few are skipped, counted and reported through `log`. Where one photo is enough (`least` 1),
+    one that lies in the root itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
     """
     root = fetch(root)
-    classes, found, broken, foreign = known_categories(root, log), defaultdict(list), [], []
+    classes, found, broken, foreign, copies, met = known_categories(root, log), defaultdict(list), [], [], [], set()
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         parts = path.relative_to(root).parts
         foreign += [path] if path.suffix.lower() in NOT_READ else []
@@ -208,11 +209,18 @@ def load_concepts(root, log=print, least=2):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             broken.append(f"{path.relative_to(root)} ({error})")
             continue
+        same = (*folders, part, hashlib.sha256(path.read_bytes()).digest())
+        if same in met:
+            copies.append(path)
+            continue
+        met.add(same)
         category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
         found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path), part=part))
     lonely = [name for (_, name), photos in found.items() if len(photos) < least]
     if broken:
         log(f"skipped {len(broken)} photos that cannot be read, such as {broken[0]}")
+    if copies:
+        log(f"skipped {len(copies)} copies of other photos of the same concept, such as {copies[0].relative_to(root)}")
     if foreign:
         log(f"left out {len(foreign)} files of kinds that are not read here, such as {foreign[0].relative_to(root)}: save them as JPEG or PNG")
     if lonely:
@@ -315,23 +323,6 @@ def load_pairs(root, concepts):
         if place in known:
             pairs[known[place], row["concept"].strip("<>")] = bool(row["correct_answer"])
     return pairs
-
-
-@published("the list of pictures of several things")
-def load_queries(path):
-    """Photos that show several things, with their names: RePIC's {path: [names]} or {path: [[names], ...]} JSON, or RAP's folders
-    <A>_and_<B>/ -> [(Photo, [names])]. Raises DataError where a picture that the JSON names cannot be found."""
-    path = pathlib.Path(path)
-    if path.is_dir():
-        pictures = sorted((file for file in path.rglob("*_and_*/*") if file.suffix.lower() in PICTURES), key=natural)
-        return [(Photo(str(file.relative_to(path)), partial(read_photo, file)), file.parent.name.split("_and_")) for file in pictures]
-    queries = []
-    for image, names in load_json(path).items():
-        if not (file := find_file(image, *[path.parent, *path.parent.parents][:3])):
-            raise DataError(f"{path} names the picture {image}, which is not there")
-        for group in names if names and isinstance(names[0], list) else [names]:
-            queries.append((Photo(image, partial(read_photo, file)), [name.strip("<>") for name in group]))
-    return queries
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ and with --grounding, as RePIC is measured, by the model *with* its adapter, fro
     python evaluate.py --adapter runs/x/adapter                                        # the toy world: one row for base, one for the run
     python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data perva-data/ --all      # any folder of photos (data.py lists the layouts)
     python evaluate.py --model ... --photos my_things/ --query photo.jpg               # ask about one picture
+    python evaluate.py --report runs/x                                                 # a finished run and its table as one page, report.html
 
 The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos of held-out concepts, whose categories
 rrg.py was trained on, put to a database of all concepts of these categories; "unseen" the same for the categories it never met.
@@ -30,6 +31,10 @@ Where it departs from the paper and its authors' research code:
 Shapes: P photos, C concepts in the database, K candidates.
 """
 import argparse
+import base64
+import csv
+import html
+import io
 import itertools
 import json
 import pathlib
@@ -272,20 +277,25 @@ COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "
 GROUNDING = {f"names_{many}_{how}_f1": f"{many} {how}" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")}
 
 
-def show(rows):
-    """Print the rows as Markdown, a table for seen and one for unseen categories."""
+def tables(rows):
+    """What a table looks like to people: yields (title, [the lines' cells, the heading first]), for seen and for unseen categories."""
     for part in ("seen", "unseen"):
         if some := {name: row[part] for name, row in rows.items() if row[part]}:
             counts = next(iter(some.values()))["counts"]
-            print(f"\n{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
-                  f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions\n")
-            tables = [(COLUMNS, ""), (GROUNDING, "\nnames in captions (F1), by how many things there are and which references are given\n\n")]
-            for columns, title in tables[:1 + any("names_1_right_f1" in figures for figures in some.values())]:
-                print(title + "| | " + " | ".join(columns.values()) + " |\n" + "|---" * (len(columns) + 1) + "|")
-                for name, figures in some.items():
-                    values = {key: figures.get(key) for key in columns}
-                    cells = ["-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}" for key, value in values.items()]
-                    print(f"| {name} | " + " | ".join(cells) + " |")
+            titles = [f"{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
+                      f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions",
+                      "names in captions (F1), by how many things there are and which references are given"]
+            grounded = any("names_1_right_f1" in figures for figures in some.values())
+            for title, columns in list(zip(titles, (COLUMNS, GROUNDING)))[:1 + grounded]:
+                cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"  # noqa: E731
+                yield title, [["", *columns.values()], *([name, *(cell(key, figures.get(key)) for key in columns)] for name, figures in some.items())]
+
+
+def show(rows):
+    """Print the rows as Markdown."""
+    for title, (heading, *lines) in tables(rows):
+        print(f"\n{title}\n\n| {' | '.join(heading)} |\n{'|---' * len(heading)}|")
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def table(mllm, embedder, options, models):
@@ -392,6 +402,106 @@ def ask(mllm, embedder, options):
               f"(picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entry.text}")
 
 
+# ---------------------------------------------------------------------------------------------------------- a run as a page
+CURVES = ("reward", "listener_accuracy", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
+STYLE = """:root{color-scheme:light dark;--line:#8886;--bad:#c0392b;--good:#1a7f37}@media(prefers-color-scheme:dark){:root{--bad:#ff8a7a;--good:#57d17b}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
+.row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}.row>.curve{flex:1 1 14rem;max-width:none}
+figure img{width:100%;border-radius:.4rem}article{border-top:1px solid var(--line);padding:1rem 0}.scroll{overflow-x:auto}h3{font-size:1rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child,td.text{text-align:left}
+.bar{display:block;height:.6rem;background:var(--line);border-radius:.3rem;overflow:hidden}.bar i{display:block;height:100%;background:currentColor}
+.before{color:var(--bad)}.after{color:var(--good)}svg{width:100%}mark{text-decoration:underline wavy}pre{white-space:pre-wrap}"""
+
+
+def chart(name, values):
+    """One curve over training as SVG: each step faint, the mean of the last tenth of the run so far bold."""
+    top, window = max(1e-9, *values), max(1, len(values) // 10)
+    smooth = [sum(part) / len(part) for part in (values[max(0, i - window + 1):i + 1] for i in range(len(values)))]
+    line = lambda ys: " ".join(f"{300 * i / max(1, len(ys) - 1):.1f},{100 - 90 * max(0, y) / top:.1f}" for i, y in enumerate(ys))  # noqa: E731
+    told = f"{name.replace('_', ' ')}: {values[0]:.3g} at the first step, {values[-1]:.3g} at the last, at most {top:.3g}"
+    return (f'<figure class="curve"><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
+            f'<polyline points="{line(values)}" fill="none" stroke="#2471a3" opacity=".4"/><polyline points="{line(smooth)}" fill="none" stroke="#2471a3" '
+            f'stroke-width="3"/></svg><figcaption>{told}<br><small>{html.escape(rrg.METRICS[name])}</small></figcaption></figure>')
+
+
+def grid(title, lines):
+    """A table as HTML: [the lines' cells, the heading first]; cells of text stand to the left."""
+    head, *body = [[html.escape(cell) for cell in line] for line in lines]
+    cell = lambda text: f'<td class="text">{text}</td>' if len(text) > 30 else f"<td>{text}</td>"  # noqa: E731
+    return (f'<h3>{html.escape(title)}</h3><div class="scroll" role="region" aria-label="{html.escape(title)}" tabindex="0"><table><tr>'
+            + "".join(f'<th scope="col">{text}</th>' for text in head) + "</tr>"
+            + "".join(f'<tr><th scope="row">{first}</th>{"".join(map(cell, rest))}</tr>' for first, *rest in body) + "</table></div>")
+
+
+def picture(photo, told):
+    """A photo within the page, with words for those who do not see it."""
+    image, file = photo.open(), io.BytesIO()
+    image.thumbnail((320, 320))
+    image.save(file, "JPEG", quality=90)
+    return (f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{html.escape(told)}: {html.escape(photo.name)}">'
+            f"<figcaption>{html.escape(told)}</figcaption>")
+
+
+def said(when, row, knows):
+    """What was said of a picture, with leaked words marked where the truth is known."""
+    text = html.escape(answer.text if (answer := reward.parse(row["text"])) else row["text"])
+    leak = lambda word: f"<mark>{word[0]}</mark>" if knows and toy.leaks(word[0]) else word[0]  # noqa: E731
+    return f'<p><b class="{when}">{when}</b> {re.sub("[A-Za-z]+", leak, text)}</p>'
+
+
+def example(rows, photos):
+    """One held-out game or task, {"before": row, "after": row} of result.json."""
+    game, knows = rows["before"], all(photo.truth for photo in photos.values())
+    words = "".join(said(when, row, knows) for when, row in rows.items())
+    if "pool" not in game:
+        pictures = "".join(f"<figure>{picture(photos[name], f'picture {i}')}</figure>" for i, name in enumerate(game["photos"], 1))
+        return f'<article><p>{html.escape(game["question"])}</p><div class="row">{pictures}<div>{words}</div></div></article>'
+    pool = ""
+    for i, name in enumerate(game["pool"]):
+        told = "hard positive: the same thing" if i == game["answer"] else "a look-alike"
+        bars = "".join(f'<span class="{when}">{when}: {row["rho"][i]:.0%} yes<span class="bar" aria-hidden="true"><i style="width:{row["rho"][i]:.0%}"></i>'
+                       "</span></span>" if row["rho"] else f"<span>{when}: not parsed</span>" for when, row in rows.items())
+        pool += f"<figure>{picture(photos[name], told)}{bars}</figure>"
+    return (f'<article><div class="row"><figure>{picture(photos[game["target"]], "target: what the speaker sees")}</figure><div>{words}</div></div>'
+            f'<p>Does the description fit? The listener of each candidate:</p><div class="row">{pool}</div></article>')
+
+
+def group(sample, std_floor):
+    """One game of a training step: its G answers, what they earned, and how much better than its siblings each is."""
+    rewards = [row["reward"] for row in sample["samples"]]
+    advantages = grpo.group_advantages(torch.tensor([rewards]), std_floor=std_floor)[0].tolist()
+    title = f"step {sample['step']}: the answers about {sample.get('target') or sample['question']}"
+    return grid(title, [["reward", "advantage", "answer"], *([f"{pay:.3f}", f"{A:+.2f}", row["text"]] for row, pay, A in zip(sample["samples"], rewards, advantages))])
+
+
+def page(folder, mllm, rows):
+    """A finished run and the `rows` of its table as one HTML page without anything from elsewhere."""
+    record, result = data.load_json(folder / "config.json"), data.load_json(folder / "result.json")
+    config = rrg.Config(**record["settings"])
+    photos = {photo.name: photo for games in rrg.set_up(config, mllm) for game in games for photo in rrg.pictures(game)}
+    with open(folder / "metrics.csv") as file:
+        log = list(csv.DictReader(file))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    percent = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
+    columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
+    games = [["", "before", "after", "before, unseen categories", "after, unseen categories"],
+             *([name, *(percent(part.get(name)) for part in columns)] for name in columns[0] if name != "unseen")]
+    parts = {
+        "Results": grid("held-out games" if config.method == "rrg" else "held-out tasks", games) + "".join(grid(*some) for some in tables(rows)),
+        "Curves": '<div class="row">' + "".join(chart(name, [float(row[name]) for row in log if row[name]]) for name in CURVES
+                                               if any(row[name] for row in log)) + "</div>",
+        "Games": "<p>Held out from training, answered greedily. Marked words tell of place, pose or light, which the next photo will not share.</p>"
+                 + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
+        "Groups": "<p>What the advantages are made of: all answers of one game, at the first step and at the last.</p>"
+                  + "".join(group(sample, config.std_floor) for sample in (samples[0], samples[-1])) if config.method != "sft" else ""}
+    name = html.escape(folder.resolve().name)
+    body = "".join(f'<h2 id="{title}">{title}</h2>{part}' for title, part in parts.items() if part)
+    links = " · ".join(f'<a href="#{title}">{title}</a>' for title, part in parts.items() if part)
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{name}</title>'
+            f"<style>{STYLE}</style><main><h1>{name}</h1><p>{config.method} · {result['steps']} steps in {result['seconds']:.0f} s on "
+            f'{html.escape(result["device"])}</p><pre>{html.escape(record["command"])}</pre><nav>{links}</nav>{body}</main></html>\n')
+
+
 def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -414,7 +524,16 @@ def settings(argv=None):
     add("--max-pixels", type=int, metavar="INT", help=f"photos are shrunk to at most this many pixels (default {rrg.Config.max_pixels}; "
                                                        f"toy model {rrg.TOY['max_pixels']})")
     add("--out", default="", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
+    add("--report", default="", metavar="RUN", help="a finished run: its table, curves, games and descriptions as one page, RUN/report.html "
+                                                    "(model, data and seed are the run's, the table goes to RUN/table.json too)")
     options = parser.parse_args(argv)
+    if options.report:
+        if not (run := pathlib.Path(options.report) / "result.json").is_file():
+            parser.error(f"{options.report} holds no finished run; to finish one: python rrg.py --out {options.report} --resume")
+        own = data.load_json(run.with_name("config.json"))["settings"]
+        parser.set_defaults(**{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")},
+                            adapter=[str(run.with_name("adapter"))], out=str(run.with_name("table.json")))
+        options = parser.parse_args(argv)
     if options.photos and not options.query or options.query and not (options.photos or options.database):
         parser.error("--query and --photos go together (or --query and --database)")
     if options.query and len(options.adapter) + len(options.database) > 1:
@@ -430,7 +549,12 @@ def main(options):
     embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
     if options.query:
         return ask(mllm, embedder, options)
-    show(table(mllm, embedder, options, ["base", *options.adapter])["rows"])
+    rows = table(mllm, embedder, options, ["base", *options.adapter])["rows"]
+    show(rows)
+    if options.report:
+        content, file = page(pathlib.Path(options.report), mllm, rows), pathlib.Path(options.report) / "report.html"
+        grpo.write_atomically(file, lambda path: path.write_text(content))
+        print(f"\nwrote {file}, which any browser opens")
 
 
 if __name__ == "__main__":

@@ -240,15 +240,13 @@ def load_adapter(model, folder):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an adapter folder: it has no {name}")
     try:
-        config, stored, wrong = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors"), []
+        config, stored = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise ValueError(f"{folder} cannot be read: adapter_config.json has no r and lora_alpha above 0")
-    if config.get("peft_type") != "LORA":
-        wrong.append(f"peft_type {config.get('peft_type')}")
-    wrong += [name for name in NOT_HERE if config.get(name)]
-    wrong += ["bias"] if config.get("bias", "none") != "none" else []
+    wrong = [name for name in NOT_HERE if config.get(name)]
+    wrong += [f"{key} {config.get(key)}" for key, usual in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, "none") != usual]
     if wrong:
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
     tensors = {}

@@ -61,12 +61,6 @@ import reward
 import toy
 from data import KINDS
 
-# Qwen2-VL's layout, for checkpoints that come without one
-CHAT = ("{% for m in messages %}"
-        "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-        "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 ROWS = 128  # rows that go through the model at once where no gradient is needed, and ...
 LOGITS = 2 ** 26  # ... numbers that are made of the vocabulary at once (256 MB): both bound the memory, not the result
 
@@ -145,7 +139,8 @@ class MLLM:
             raise data.DataError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from error
         self.model.requires_grad_(False)
         self.decoder, self.config = self.model.model.language_model, self.model.config
-        self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT
+        if not self.tokenizer.chat_template:
+            raise data.DataError(f"{name} has no chat template; take the -Instruct checkpoint of its family")
         ends = self.model.generation_config.eos_token_id  # one id, a list, or None; Qwen2-VL-Instruct has two
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
         self.ends = torch.tensor(sorted(ends - {None, self.tokenizer.unk_token_id}), device=self.device)
@@ -497,6 +492,11 @@ def prompt(game):
     return ([game.target], reward.SPEAK) if isinstance(game, data.Game) else (game.photos, game.text)
 
 
+def pictures(game):
+    """All photos of a game, or of one of RePIC's tasks."""
+    return [game.target, *game.pool] if isinstance(game, data.Game) else game.photos
+
+
 def mean(rows, key):
     """Mean of a column over the rows that have it, None where none has (only the toy world knows the truth)."""
     values = [row[key] for row in rows if key in row]
@@ -623,16 +623,12 @@ def set_up(config, mllm):
 
 
 def examine(mllm, seen, unseen, config):
-    """-> {"figures": the part of result.json, "examples": the rows of three held-out games}."""
+    """-> {"figures": the part of result.json, "examples": what is said in six held-out games, of different categories or kinds first}."""
     figures, rows = measure(mllm, seen, config)
     figures["unseen"] = measure(mllm, unseen, config)[0] if unseen else None
-    return {"figures": figures, "examples": [rows[i] for i in showcase(seen)]}
-
-
-def showcase(games):
-    """Three held-out games to show, of different categories or kinds where there are any."""
-    first = {game.category if isinstance(game, data.Game) else game.kind: i for i, game in reversed(list(enumerate(games)))}
-    return (sorted(first.values()) + [i for i in range(len(games)) if i not in first.values()])[:3]
+    first = {game.category if isinstance(game, data.Game) else game.kind: i for i, game in reversed(list(enumerate(seen)))}
+    places = (sorted(first.values()) + [i for i in range(len(seen)) if i not in first.values()])[:6]
+    return {"figures": figures, "examples": [seen[i].record() | {"text": rows[i]["text"], "rho": rows[i].get("rho")} for i in places]}
 
 
 def cut(path, step):
@@ -723,13 +719,14 @@ def train(config, resume):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     after = examine(mllm, seen, unseen, config)
     result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps,
-                  seconds=round(seconds, 1), device=machine(mllm.device))
+                  seconds=round(seconds, 1), device=machine(mllm.device), examples={"before": before["examples"], "after": after["examples"]})
     if rank == 0:
         grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    show(result, [seen[i] for i in showcase(seen)], before["examples"], after["examples"], out)
+    show(result, out)
     same = [(f"--{name}", str(value)) for name, value in (("model", config.model), ("data", config.data), ("seed", config.seed))
             if value != getattr(Config, name)]
-    print("What they are worth to an assistant: " + shlex.join(["python", "evaluate.py", *sum(same, ()), "--adapter", str(out / "adapter")]))
+    print("What the descriptions are worth to an assistant, a table: " + shlex.join(["python", "evaluate.py", *sum(same, ()), "--adapter", str(out / "adapter")]))
+    print("The same, and the run as a page to look at:              " + shlex.join(["python", "evaluate.py", "--report", str(out)]))
     return result
 
 
@@ -738,7 +735,7 @@ def machine(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def show(result, games, before, after, out):
+def show(result, out):
     """Print before and after side by side, and three held-out games."""
     tell = lambda part, name: "-" if part is None or part[name] is None else f"{part[name]:.1%}"  # noqa: E731
     columns = [result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"]]
@@ -746,15 +743,14 @@ def show(result, games, before, after, out):
     for name in [name for name in result["before"] if name != "unseen"]:
         cells = [tell(part, name) for part in columns]
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
-    for game, old, new in zip(games, before, after):
-        if isinstance(game, data.Task):
-            print(f"\n{game.text!r} of {' + '.join(photo.name for photo in game.photos)}\n  before {old['text'][:300]!r}\n  after  {new['text'][:300]!r}")
-            continue
-        print(f"\n{game.target.name} (the listener sees {', '.join(photo.name for photo in game.pool)})")
-        for when, row in (("before", old), ("after", new)):
-            belief = "not parsed" if row["rho"] is None else " ".join(f"{'*' if i == game.answer else ''}{rho:.2f}" for i, rho in enumerate(row["rho"]))
-            answer = reward.parse(row["text"])
-            print(f"  {when:7}{answer.text if answer else row['text'][:200]!r}  [{belief}]")
+    for rows in list(zip(*result["examples"].values()))[:3]:
+        game = rows[0]
+        print(f"\n{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else f"\n{game['question']!r} of {' + '.join(game['photos'])}")
+        for when, row in zip(("before", "after"), rows):
+            answer, belief = reward.parse(row["text"]), ""
+            if "pool" in game:
+                belief = " ".join(f"{'*' if i == game['answer'] else ''}{rho:.2f}" for i, rho in enumerate(row["rho"] or [])) or "not parsed"
+            print(f"  {when:7}{answer.text if answer else row['text'][:300]!r}  [{belief}]".removesuffix("  []"))
     print(f"\n{result['seconds']:.0f} s of training. In {out}/: metrics.csv, samples.jsonl, result.json, and the speaker in adapter/")
 
 

@@ -1,9 +1,10 @@
-"""picture.py: held-out games of a finished run, as people see them.
+"""picture.py: one game of a finished run as a figure, with the six stages of the README.
 
-    python benchmarks/picture.py runs/study/rrg-0-60 --out assets/game.png --games 1
+    python rrg.py --out runs/x
+    python benchmarks/picture.py runs/x --out assets/game.png
 
-For each game: the photo that the speaker sees; what it said before training (LoRA off) and after; and, under each picture of the pool,
-how well the listener thinks either description fits it.
+The photo that the speaker sees; what it said before training (LoRA off) and after; under each picture of the pool, how well the listener
+thinks either description fits it, and what that pays. All of it is read from the run's result.json.
 """
 import argparse
 import json
@@ -11,57 +12,55 @@ import pathlib
 import sys
 import textwrap
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import grpo  # noqa: E402
 import reward  # noqa: E402
 import rrg  # noqa: E402
 
-SIDE, GAP, LINE = 190, 16, 84  # pixels: a photo, the space around it, the room for one description
-RED, GREEN, GREY = "#b3361e", "#1a7f37", "#57606a"
+SIDE, GAP, LINE, TOP = 190, 16, 92, 52  # pixels: a photo, the space around it, the room for one description, the headings
+RED, GREEN, GREY, BLACK = "#b3361e", "#1a7f37", "#57606a", "#24292f"
 
 
-def panel(game, said, k):
-    """One game as a picture. said: [(when, colour, the row of rrg.judge), ...]."""
-    font, label = ImageFont.load_default(15), ImageFont.load_default(14)
-    image = Image.new("RGB", (GAP + (k + 1) * (SIDE + GAP) + GAP, 40 + SIDE + LINE * len(said)), "white")
+def figure(said, photos):
+    """One game as a picture. said {"before": row, "after": row} of result.json's examples, photos {name: Photo}."""
+    game, font, label = said["before"], ImageFont.load_default(15), ImageFont.load_default(14)
+    width = GAP + (len(game["pool"]) + 1) * (SIDE + GAP) + GAP
+    image = Image.new("RGB", (width, TOP + SIDE + LINE * len(said) + 30), "white")
     canvas = ImageDraw.Draw(image)
-    for place, photo in enumerate([game.target, *game.pool]):
-        x = GAP + place * (SIDE + GAP) + (GAP if place else 0)
-        title = "the speaker sees" if not place else "the same thing" if place - 1 == game.answer else "a look-alike"
-        canvas.text((x, 6), title, GREEN if place - 1 == game.answer else GREY, label)
-        picture = photo.open()
-        image.paste(picture.resize((SIDE, SIDE), Image.NEAREST if picture.width < SIDE else Image.BICUBIC), (x, 28))
-        for line, (when, colour, row) in enumerate(said):
-            y, answer = 28 + SIDE + 10 + LINE * line, reward.parse(row["text"])
+    canvas.text((GAP, 6), "1 mine a game", BLACK, font)
+    for place, name in enumerate([game["target"], *game["pool"]]):
+        x, same = GAP + place * (SIDE + GAP) + (GAP if place else 0), place - 1 == game["answer"]
+        canvas.text((x, TOP - 22), "target" if not place else "hard positive: the same thing" if same else "hard negative: a look-alike", GREEN if same else GREY, label)
+        picture = photos[name].open()
+        image.paste(picture.resize((SIDE, SIDE), Image.NEAREST if picture.width < SIDE else Image.BICUBIC), (x, TOP))
+        for line, (when, row) in enumerate(said.items()):
+            y, answer, colour = TOP + SIDE + 10 + LINE * line, reward.parse(row["text"]), (RED, GREEN)[line]
             if not place:
-                canvas.text((x, y), textwrap.fill(f"{when}: {answer.detailed if answer else 'not parsed'}", 26), colour, font, spacing=3)
+                text = textwrap.fill(f"2 speak, {when}: {answer.detailed if answer else 'not parsed'}", 26)
+                canvas.text((x, y), text, colour, font, spacing=3)
             elif row["rho"]:
                 fits = row["rho"][place - 1]
                 canvas.rectangle([x, y + 3, x + SIDE, y + 17], "#eaeef2")
                 canvas.rectangle([x, y + 3, x + max(2, SIDE * fits), y + 17], colour)
-                canvas.text((x, y + 22), f"listener, {when}: {fits:.0%}", "#24292f", label)
+                canvas.text((x, y + 22), f"3 listen: {fits:.0%} yes", BLACK, label)
+                if same:
+                    pay, _ = reward.listener_reward(torch.tensor([row["rho"]]), torch.tensor([game["answer"]]))
+                    canvas.text((x, y + 42), f"4 reward {pay.item():.2f}", colour, font)
+    canvas.text((GAP, image.height - 24), "5 advantage: better than its 7 siblings?   6 update: make such descriptions likelier", BLACK, font)
     return image
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
-    parser.add_argument("--out", type=pathlib.Path, help="picture to write (default RUN/games.png)")
-    parser.add_argument("--games", type=int, default=3, help="how many games to draw, 1 to 3 (default 3)")
+    parser.add_argument("run", type=pathlib.Path, help="folder of a finished run of the game")
+    parser.add_argument("--out", type=pathlib.Path, help="picture to write (default RUN/game.png)")
+    parser.add_argument("--game", type=int, default=0, help="which of the games that result.json has, from 0 (default 0)")
     args = parser.parse_args()
     config = rrg.Config(**json.loads((args.run / "config.json").read_text())["settings"])
-    mllm = rrg.MLLM(config.model, config.max_pixels)
-    _, seen, _ = rrg.set_up(config, mllm)
-    games = [seen[i] for i in rrg.showcase(seen)][:args.games]
-    grpo.load_adapter(mllm.model, args.run / "adapter")
-    after = rrg.measure(mllm, games, config)[1]
-    with grpo.lora_off(mllm.model):
-        before = rrg.measure(mllm, games, config)[1]
-    panels = [panel(game, [("before", RED, old), ("after", GREEN, new)], config.k) for game, old, new in zip(games, before, after)]
-    sheet = Image.new("RGB", (panels[0].width, sum(part.height for part in panels)), "white")
-    for i, part in enumerate(panels):
-        sheet.paste(part, (0, i * part.height))
-    sheet.save(out := args.out or args.run / "games.png")
+    concepts, _ = rrg.load_world(rrg.MLLM(config.model, config.max_pixels), config.data, config.seed)
+    photos = {photo.name: photo for concept in concepts for photo in concept.photos}
+    examples = json.loads((args.run / "result.json").read_text())["examples"]
+    figure({when: rows[args.game] for when, rows in examples.items()}, photos).save(out := args.out or args.run / "game.png")
     print(f"wrote {out}")

@@ -288,7 +288,7 @@ def test_a_run_records_itself(whole_run):
     for when in ("before", "after"):
         assert set(result[when]) == parts | {"unseen"} and set(result[when]["unseen"]) == parts
         assert all(0 <= result[when][part] <= 1 for part in parts)
-    assert set(result) == {"before", "after", "seed", "steps", "seconds", "device"} and result["steps"] == 4
+    assert set(result) == {"before", "after", "examples", "seed", "steps", "seconds", "device"} and result["steps"] == 4
     config = json.loads((out / "config.json").read_text())
     assert config["command"].startswith("python rrg.py --out") and config["settings"]["lr"] == rrg.TOY["lr"] and "torch" in config["versions"]
     table = rows(out)
@@ -437,12 +437,11 @@ def test_real_photos_with_several_sizes(tmp_path, random_folder):
     assert result["after"]["oracle"] is None and result["after"]["identification"] is not None and result["after"]["unseen"] is None
 
 
-def test_a_checkpoint_without_a_chat_template_gets_qwens(random_folder, tmp_path):
+def test_a_checkpoint_without_a_chat_template_is_refused(random_folder, tmp_path):
     shutil.copytree(random_folder, tmp_path / "bare")
     (tmp_path / "bare/chat_template.jinja").unlink()
-    text = rrg.MLLM(str(tmp_path / "bare"), 4096).chat(None, "Hello")
-    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                    "<|vision_start|><|image_pad|><|vision_end|>Hello<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(data.DataError, match="no chat template; take the -Instruct"):
+        rrg.MLLM(str(tmp_path / "bare"), 4096)
 
 
 def test_the_adapter_loads_in_peft_and_answers_the_same(whole_run, toy_mllm, photos):
