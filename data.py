@@ -198,7 +198,7 @@ def load_concepts(root, log=print, least=2):
     classes, found, broken, foreign, copies, met = known_categories(root, log), defaultdict(list), [], [], [], set()
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         parts = path.relative_to(root).parts
-        foreign += [path] if path.suffix.lower() in NOT_READ else []
+        foreign += [path.relative_to(root)] if path.suffix.lower() in NOT_READ else []
         if path.suffix.lower() not in PICTURES or path.is_dir() or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
             continue
         folders, part = place(path, root, loose=least == 1)
@@ -211,20 +211,16 @@ def load_concepts(root, log=print, least=2):
             continue
         same = (*folders, part, hashlib.sha256(path.read_bytes()).digest())
         if same in met:
-            copies.append(path)
+            copies.append(path.relative_to(root))
             continue
         met.add(same)
         category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
         found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path), part=part))
     lonely = [name for (_, name), photos in found.items() if len(photos) < least]
-    if broken:
-        log(f"skipped {len(broken)} photos that cannot be read, such as {broken[0]}")
-    if copies:
-        log(f"skipped {len(copies)} copies of other photos of the same concept, such as {copies[0].relative_to(root)}")
-    if foreign:
-        log(f"left out {len(foreign)} files of kinds that are not read here, such as {foreign[0].relative_to(root)}: save them as JPEG or PNG")
-    if lonely:
-        log(f"skipped {len(lonely)} concepts with one photo only, such as {lonely[0]}: the game needs a second view")
+    for skipped, what in ((broken, "photos that cannot be read"), (copies, "copies of another photo of the same thing"),
+                          (foreign, "files of a kind that is not read here (save them as JPEG or PNG)"), (lonely, "concepts with one photo only")):
+        if skipped:
+            log(f"skipped {what}: {len(skipped)}, such as {skipped[0]}")
     twice = {name for name, count in Counter(name for _, name in found).items() if count > 1}
     concepts = [Concept(f"{category}/{name}" if name in twice else name, category, photos)
                 for (category, name), photos in found.items() if len(photos) >= least]

@@ -394,7 +394,7 @@ def ask(mllm, embedder, options):
     if row:
         print(f"\n{row['Caption']}\n\nbecause it chose {row['Answer']}" + (f": {row['Reasoning']}" if row.get("Reasoning") else ""))
     else:
-        print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said:\n{said}\n")
+        print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said: {said!r}\n")
     print(f"the {len(order)} most similar of {len(entries)} things (score: half picture, half words, each from 0 to 1 over all things)")
     for letter, entry in zip(LETTERS, order):
         i = entries.index(entry)
@@ -403,10 +403,11 @@ def ask(mllm, embedder, options):
 
 
 # ---------------------------------------------------------------------------------------------------------- a run as a page
-CURVES = ("reward", "listener_accuracy", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
+CURVES = ("reward", "identification", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
 STYLE = """:root{color-scheme:light dark;--line:#8886;--bad:#c0392b;--good:#1a7f37}@media(prefers-color-scheme:dark){:root{--bad:#ff8a7a;--good:#57d17b}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
-.row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}.row>.curve{flex:1 1 14rem;max-width:none}
+.row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem}.curves figure{margin:0}
 figure img{width:100%;border-radius:.4rem}article{border-top:1px solid var(--line);padding:1rem 0}.scroll{overflow-x:auto}h3{font-size:1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child,td.text{text-align:left}
 .bar{display:block;height:.6rem;background:var(--line);border-radius:.3rem;overflow:hidden}.bar i{display:block;height:100%;background:currentColor}
@@ -415,11 +416,11 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.
 
 def chart(name, values):
     """One curve over training as SVG: each step faint, the mean of the last tenth of the run so far bold."""
-    top, window = max(1e-9, *values), max(1, len(values) // 10)
+    top, window = max(values), max(1, len(values) // 10)
     smooth = [sum(part) / len(part) for part in (values[max(0, i - window + 1):i + 1] for i in range(len(values)))]
-    line = lambda ys: " ".join(f"{300 * i / max(1, len(ys) - 1):.1f},{100 - 90 * max(0, y) / top:.1f}" for i, y in enumerate(ys))  # noqa: E731
+    line = lambda ys: " ".join(f"{300 * i / max(1, len(ys) - 1):.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for i, y in enumerate(ys))  # noqa: E731
     told = f"{name.replace('_', ' ')}: {values[0]:.3g} at the first step, {values[-1]:.3g} at the last, at most {top:.3g}"
-    return (f'<figure class="curve"><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
+    return (f'<figure><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
             f'<polyline points="{line(values)}" fill="none" stroke="#2471a3" opacity=".4"/><polyline points="{line(smooth)}" fill="none" stroke="#2471a3" '
             f'stroke-width="3"/></svg><figcaption>{told}<br><small>{html.escape(rrg.METRICS[name])}</small></figcaption></figure>')
 
@@ -485,13 +486,13 @@ def page(folder, mllm, rows):
     percent = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
     columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
     games = [["", "before", "after", "before, unseen categories", "after, unseen categories"],
-             *([name, *(percent(part.get(name)) for part in columns)] for name in columns[0] if name != "unseen")]
+             *([name, *(percent(part.get(name)) for part in columns)] for name, value in columns[0].items() if name != "unseen" and value is not None)]
     parts = {
         "Results": grid("held-out games" if config.method == "rrg" else "held-out tasks", games) + "".join(grid(*some) for some in tables(rows)),
-        "Curves": '<div class="row">' + "".join(chart(name, [float(row[name]) for row in log if row[name]]) for name in CURVES
+        "Curves": '<div class="curves">' + "".join(chart(name, [float(row[name]) for row in log if row[name]]) for name in CURVES
                                                if any(row[name] for row in log)) + "</div>",
-        "Games": "<p>Held out from training, answered greedily. Marked words tell of place, pose or light, which the next photo will not share.</p>"
-                 + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
+        "Games": "<p>Held out from training, answered greedily. In the toy world words are marked that tell of place, pose or light: the next photo "
+                 "will not share them.</p>" + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
         "Groups": "<p>What the advantages are made of: all answers of one game, at the first step and at the last.</p>"
                   + "".join(group(sample, config.std_floor) for sample in (samples[0], samples[-1])) if config.method != "sft" else ""}
     name = html.escape(folder.resolve().name)

@@ -371,7 +371,7 @@ class Config:
     alpha: int = flag(128, "scale of the LoRA adapters; the update is alpha/rank B A")
     max_tokens: int = flag(128, "longest description, in tokens")
     max_pixels: int = flag(401408, "photos are shrunk to at most this many pixels (401408 = 512 image tokens)")
-    micro: int = flag(2, "games that go through the backward pass at once; bounds the memory, not the result")
+    micro: int = flag(1, "games that go through the backward pass at once: raise it where there is memory to spare; it changes no result")
     eval_games: int = flag(100, "held-out games, or tasks of each kind, before and after, of seen and of unseen categories each")
     save_every: int = flag(25, "steps between two saves of the resumable state")
 
@@ -429,7 +429,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
     "listener_reward": "what the listener's choice pays",
     "format_reward": "0.34 + 0.33 + 0.33 for the well-formed fields",
     "length_reward": "1/3 for the coarse phrase, 2/3 for the detailed sentence having the length that was asked for",
-    "listener_accuracy": "share of answers from which the listener picks the hard positive; unparsed answers count as wrong",
+    "identification": "share of answers from which the listener picks the hard positive; unparsed answers count as wrong",
     "parsed": "share of answers that are well formed",
     "oracle": "toy only: share of answers whose every claim holds for the hard positive and for none of the negatives; never trained on",
     "leakage": "toy only: share of answers that mention place, pose or light",
@@ -449,7 +449,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
 def judge(mllm, games, texts, config):
     """Stages 3 and 4 for `texts`, equally many a game in the order of `games`.
 
-    Returns N rows of {text, reward, rho (None if unparsed), listener_accuracy, ...}: what each earned, for the log.
+    Returns N rows of {text, reward, rho (None if unparsed), identification, ...}: what each earned, for the log.
     """
     games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
     parsed = [reward.parse(text) for text in texts]
@@ -458,11 +458,11 @@ def judge(mllm, games, texts, config):
     rows = []
     for game, text, answer in zip(games, texts, parsed):
         row = dict(text=text, rho=None, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0,
-                   listener_accuracy=0.0, parsed=float(bool(answer)))
+                   identification=0.0, parsed=float(bool(answer)))
         if answer:
             belief = next(rho)  # [K]
             pay, right = reward.listener_reward(belief[None], torch.tensor([game.answer]), config.reward)
-            row |= dict(rho=belief.tolist(), listener_reward=pay.item(), length_reward=reward.length_reward(answer), listener_accuracy=float(right))
+            row |= dict(rho=belief.tolist(), listener_reward=pay.item(), length_reward=reward.length_reward(answer), identification=float(right))
         row["reward"] = sum(getattr(config, f"{part}_weight") * row[f"{part}_reward"] for part in ("listener", "format", "length"))
         if game.target.truth:
             said = answer.text if answer else ""
@@ -575,10 +575,9 @@ def measure(mllm, games, config):
     """Greedy answers in held-out games or tasks -> (figures as fractions, None where unknown; the rows they are means of)."""
     games = share(games)
     texts = mllm.tell([prompt(game) for game in games], config.max_tokens, "playing held-out games")
-    names = dict(identification="listener_accuracy", oracle="oracle", leakage="leakage", coverage="coverage", parsed="parsed")
-    grade, names = (judge, names) if config.method == "rrg" else (verify, dict(zip(KINDS, KINDS)))
+    grade, names = (judge, ("identification", "oracle", "leakage", "coverage", "parsed")) if config.method == "rrg" else (verify, KINDS)
     rows = gather(grade(mllm, games, texts, config) if games else [])
-    return {name: mean(rows, key) for name, key in names.items()}, rows
+    return {name: mean(rows, name) for name in names}, rows
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
@@ -709,7 +708,7 @@ def train(config, resume):
             record = dict(step=step + 1, **game.record(), samples=rows[:config.samples])
             samples_file.write(json.dumps(record) + "\n")
             metrics_file.flush(), samples_file.flush()
-            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "listener_accuracy", "nll", "kl") if key in log})
+            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "identification", "nll", "kl") if key in log})
             stop = any(gather([bool(stopped)]))
             if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
@@ -723,8 +722,9 @@ def train(config, resume):
     if rank == 0:
         grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     show(result, out)
-    same = [(f"--{name}", str(value)) for name, value in (("model", config.model), ("data", config.data), ("seed", config.seed))
-            if value != getattr(Config, name)]
+    usual = Config(**TOY) if toy.is_toy(config.model) else Config
+    same = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in ("model", "data", "seed", "embedder", "max_pixels")
+            if getattr(config, name) != getattr(usual, name)]
     print("What the descriptions are worth to an assistant, a table: " + shlex.join(["python", "evaluate.py", *sum(same, ()), "--adapter", str(out / "adapter")]))
     print("The same, and the run as a page to look at:              " + shlex.join(["python", "evaluate.py", "--report", str(out)]))
     return result
@@ -740,7 +740,7 @@ def show(result, out):
     tell = lambda part, name: "-" if part is None or part[name] is None else f"{part[name]:.1%}"  # noqa: E731
     columns = [result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"]]
     print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
-    for name in [name for name in result["before"] if name != "unseen"]:
+    for name in [name for name, value in result["before"].items() if name != "unseen" and value is not None]:  # not what only a toy knows
         cells = [tell(part, name) for part in columns]
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for rows in list(zip(*result["examples"].values()))[:3]:

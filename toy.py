@@ -17,7 +17,7 @@ it does evaluate.py's three tasks, so that it fails at them where descriptions a
 
     python toy.py                    # rebuild toy-qwen2-vl/ from nothing (two CPU cores: see the README for the time), then its report card
     python toy.py --vision-steps 0   # keep its vision tower and rebuild the rest: what a changed prompt needs
-    python toy.py --report           # only the report card of the shipped checkpoint
+    python toy.py --card             # only the report card of the shipped checkpoint
 
 Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
 1. The vision tower learns the attributes directly (one linear head per attribute, thrown away), then is frozen.
@@ -757,13 +757,15 @@ def build(folder, pictures, vision_steps, language_steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="do not train, only print the report card of the checkpoint in --out")
-    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="checkpoint folder (default toy-qwen2-vl)")
-    parser.add_argument("--pictures", type=int, default=40_000, help="pictures to draw and learn from, and a quarter as many scenes of them (default 40000)")
-    parser.add_argument("--vision-steps", type=int, default=6000, help="steps of 16 pictures and 6 scenes for the vision tower (default 6000); 0 keeps the tower that is in --out")
-    parser.add_argument("--language-steps", type=int, default=2400, help="steps of 24 pictures for the language model, and three quarters as many with whole names (default 2400)")
+    parser.add_argument("--card", action="store_true", help="do not train, only print the report card of the checkpoint in --out")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, metavar="DIR", help="checkpoint folder (default toy-qwen2-vl)")
+    parser.add_argument("--pictures", type=int, default=40_000, metavar="INT", help="pictures to draw and learn from, and a quarter as many scenes of them (default 40000)")
+    parser.add_argument("--vision-steps", type=int, default=6000, metavar="INT",
+                        help="training steps, of 16 pictures and 6 scenes, for the vision tower (default 6000); 0 keeps the tower that is in --out")
+    parser.add_argument("--language-steps", type=int, default=2400, metavar="INT",
+                        help="training steps, of 24 pictures, for the language model, and three quarters as many with whole names (default 2400)")
     args = parser.parse_args()
-    if not args.report:
+    if not args.card:
         build(args.out, args.pictures, args.vision_steps, args.language_steps)
     import rrg  # it imports this file, so only now: the report card is taken with the very code that plays the game
 

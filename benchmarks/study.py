@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 5 minutes on two CPU cores
     python benchmarks/study.py             # every row, seeds 0 to 4: hours; stop it whenever you like, it goes on where it was
-    python benchmarks/study.py --report    # run nothing: only the tables, claims and curves of what is in the CSV
+    python benchmarks/study.py --tables    # run nothing: only the tables, claims and curves of what is in the CSV
 
 A run is `rrg.py` with the flags of its row below and its defaults for the rest, then `evaluate.py`'s table of its adapter. Each finished run is
 kept at once as one line of benchmarks/study.csv: all figures, and curves as means over twentieths of the run. Several processes may share the
@@ -43,6 +43,7 @@ ROWS = {
     "RRG, ungated soft reward": ["--reward", "soft"],
     "RRG, no format term": ["--format-weight", "0"],
     "RRG, no KL": ["--beta", "0"],
+    "RRG, G = 2": ["--samples", "2"],
     "RRG, G = 4": ["--samples", "4"],
     "RRG, G = 16": ["--samples", "16"],
     "RRG, listener trained along": ["--listener", "trained"],
@@ -51,6 +52,9 @@ MAIN = ("base", "SFT", "RePIC", "RRG")
 GAMES = ("identification", "oracle", "leakage", "coverage", "parsed")
 PARTS = ("seen", "unseen")
 CURVES = ("reward", "kl", "oracle")
+SUMMARY = {"caption F1": ("seen", "captioning_f1"), "unseen": ("unseen", "captioning_f1"), "recognition": ("seen", "recognition_weighted"),
+           "unseen ": ("unseen", "recognition_weighted"), "oracle": ("seen", "oracle"), "unseen  ": ("unseen", "oracle"), "leakage": ("seen", "leakage"),
+           "2 names": ("seen", "names_2_right_f1"), "2 names, wrong": ("seen", "names_2_wrong_f1")}  # of the main README
 COLUMNS = {"caption F1": "captioning_f1", "recognition": "recognition_weighted", "VQA": "vqa", "leakage": "leakage", "oracle": "oracle",
            "1 name": "names_1_right_f1", "2 names": "names_2_right_f1", "2 names, retrieved": "names_2_retrieved_f1",
            "2 names, wrong": "names_2_wrong_f1", "4 names": "names_4_right_f1"}
@@ -153,6 +157,7 @@ def report(lines, steps):
         a, b = values(high, key), values(low, key)
         return [a[seed] - b[seed] for seed in a if seed in b]
 
+    show("%", SUMMARY, {row: [spread([100 * value for value in values(row, f"{part}_{key}").values()], "{:.1f}") for part, key in SUMMARY.values()] for row in runs})
     for row, names in (("RRG", GAMES), ("RePIC", rrg.KINDS)):
         show(f"{row}, held out", ["before", "after", "before, unseen categories", "after, unseen categories"],
              {name: [means(row, f"{part}_{name}_{when}") for part in PARTS for when in ("before", "after")] for name in names})
@@ -208,14 +213,14 @@ def curves(runs, file):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the main rows, seed 0, 30 steps; kept in runs/study-quick.csv")
-    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    parser.add_argument("--tables", action="store_true", help="run nothing, only print the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds to run (default 0 1 2 3 4)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="rows to run (default: all): " + "; ".join(ROWS))
     args = parser.parse_args()
     file, steps = (ROOT / "runs" / "study-quick.csv", 30) if args.quick else (ROOT / "benchmarks" / "study.csv", rrg.TOY["steps"])
     file.parent.mkdir(exist_ok=True)
     wanted = [(row, seed) for seed in ([0] if args.quick else args.seeds) for row in (MAIN if args.quick else args.rows)]
-    for row, seed in [] if args.report else wanted:
+    for row, seed in [] if args.tables else wanted:
         if (row, seed, steps) not in read(file):
             print(f"\n=== {row}, seed {seed}", flush=True)
             slug = re.sub(r"\W+", "-", row.lower())

@@ -53,7 +53,7 @@ def test_broken_photos_and_lonely_concepts_are_counted(tmp_path):
     (tmp_path / "cut/2.jpg").write_bytes((tmp_path / "cut/1.jpg").read_bytes()[:300])
     said = []
     assert shape(data.load_concepts(tmp_path, said.append)) == {("object", "mug"): ["mug/1.jpg", "mug/2.jpg"]}
-    assert said[0].startswith("skipped 2 photos that cannot be read") and said[1].startswith("skipped 2 concepts with one photo only")
+    assert said[0].startswith("skipped photos that cannot be read: 2, such as") and said[1].startswith("skipped concepts with one photo only: 2, such as")
 
 
 def test_copies_of_a_photo_are_left_out_and_counted(tmp_path):
@@ -63,7 +63,7 @@ def test_copies_of_a_photo_are_left_out_and_counted(tmp_path):
     (tmp_path / "dog/3.jpg").write_bytes((tmp_path / "mug/1.jpg").read_bytes())
     said = []
     assert [len(concept.photos) for concept in data.load_concepts(tmp_path, said.append)] == [3, 2]
-    assert said == ["skipped 1 copies of other photos of the same concept, such as mug/IMG 1 (copy).jpg"]
+    assert said == ["skipped copies of another photo of the same thing: 1, such as mug/IMG 1 (copy).jpg"]
 
 
 def test_a_decompression_bomb_is_a_broken_photo(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_a_phones_own_formats_are_not_silently_ignored(tmp_path):
     (tmp_path / "mug/3.HEIC").write_bytes(b"x")
     said = []
     data.load_concepts(tmp_path, said.append)
-    assert said == ["left out 1 files of kinds that are not read here, such as mug/3.HEIC: save them as JPEG or PNG"]
+    assert said == ["skipped files of a kind that is not read here (save them as JPEG or PNG): 1, such as mug/3.HEIC"]
 
 
 def test_a_hub_dataset_is_fetched(tmp_path, monkeypatch):

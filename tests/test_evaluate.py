@@ -1,7 +1,11 @@
 """Evaluation: every figure against one worked out by hand, and the tasks on a small toy world."""
 import argparse
+import functools
+import html.parser
 import json
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -334,3 +338,75 @@ def test_toy_questions_ask_for_what_a_good_description_leaves_out():
 
 def test_nothing_imports_evaluate():
     assert not [path.name for path in ROOT.glob("*.py") if "import evaluate" in path.read_text()]
+
+
+# ---------------------------------------------------------------------------------------------------------- a run as a page
+class Reader(html.parser.HTMLParser):
+    """Reads a page as a strict person would: tags that are open, and all tags with their attributes."""
+    open, tags, text = (), (), ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags += ((tag, dict(attributes)),)
+        self.open += (tag,) if tag not in ("meta", "img", "br", "path", "polyline") else ()
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags += ((tag, dict(attributes)),)
+
+    def handle_endtag(self, tag):
+        assert self.open[-1] == tag, f"</{tag}> within <{self.open[-1]}>"
+        self.open = self.open[:-1]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module", params=["rrg", "repic", "sft"])
+def page(request, tmp_path_factory):
+    """The page of a short run of each method, made by the command itself."""
+    out = tmp_path_factory.mktemp("page") / "a run"
+    small = ["--steps", "2", "--games", "2", "--eval-games", "7", *([] if request.param == "sft" else ["--samples", "3"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
+        rrg.train(*rrg.settings(["--method", request.param, "--out", str(out), *small]))
+        evaluate.main(evaluate.settings(["--report", str(out), "--max-tokens", "8"]))
+    return request.param, out / "report.html"
+
+
+def test_the_page_of_a_run_is_whole_and_needs_nothing_else(page):
+    method, file = page
+    reader, text = Reader(), file.read_text()
+    reader.feed(text)
+    assert set(reader.open) <= {"html"} and reader.tags[0][0] == "html" and reader.tags[0][1]["lang"] == "en"
+    links = [attributes.get("src", "") + attributes.get("href", "") for _, attributes in reader.tags]
+    assert not [link for link in links if link and not link.startswith(("data:image/jpeg;base64,", "#"))] and "http" not in text
+    assert all(attributes["alt"] for tag, attributes in reader.tags if tag == "img")
+    assert all(attributes["aria-label"] for tag, attributes in reader.tags if tag == "svg")
+    assert ("viewport" in text and "color-scheme:light dark" in text) and all(f'id="{part}"' in text for part in ("Results", "Curves", "Games"))
+    curves = {"rrg": {"reward", "identification", "kl", "leakage", "nll"}, "sft": {"nll"}}.get(method, {"reward", "kl", "nll"})
+    assert curves <= {attributes["aria-label"].split(":")[0] for tag, attributes in reader.tags if tag == "svg"}
+    assert json.loads((file.parent / "table.json").read_text())["rows"].keys() == {"base", str(file.parent / "adapter")}
+    assert ("before" in reader.text and "after" in reader.text) and "caption F1" in reader.text
+    if method == "rrg":
+        marked = [text.split("<")[0] for text in text.split("<mark>")[1:]]
+        assert marked and all(toy.leaks(word) for word in marked) and reader.text.count("target: what the speaker sees") == 6
+        assert reader.text.count("% yes") + 3 * reader.text.count("not parsed") >= 6 * 3 * 2 and "advantage" in reader.text
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_scrolling_sideways(page, width, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium is installed")
+    probe = tmp_path / "probe.html"  # a headless window is at least 500 pixels wide, a frame is as wide as it is told to be
+    script = "let d=f.contentDocument;document.title=[d.documentElement.scrollWidth,d.querySelectorAll('h2').length,[...d.images].every(i=>i.naturalWidth)].join()"
+    quoted = page[1].read_text().replace("&", "&amp;").replace('"', "&quot;")
+    probe.write_text(f'<iframe id="f" width="{width}" height="3000" srcdoc="{quoted}" onload="{script}"></iframe>')
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    sideways, sections, pictures = re.search(r"<title>(.*?)</title>", done.stdout)[1].split(",")
+    assert int(sideways) <= width and int(sections) >= 3 and pictures == "true"
+
+
+def test_a_report_wants_a_finished_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.settings(["--report", str(tmp_path)])
+    assert "holds no finished run" in capsys.readouterr().err
