@@ -118,7 +118,7 @@ def captioning_scores(rows, tested=None):
     """
     hits = Counter(right for right, chosen in rows if right == chosen)
     actual, chosen = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
-    names = (actual.keys() | chosen.keys()) & (tested or actual.keys() | chosen.keys())
+    names = sorted((actual.keys() | chosen.keys()) & (tested or actual.keys() | chosen.keys()))  # in order: sums of floats depend on it
     mean = lambda values: sum(values) / len(names) if names else None  # noqa: E731
     return {"captioning_precision": mean([hits[name] / max(1, chosen[name]) for name in names]),
             "captioning_recall": mean([hits[name] / max(1, actual[name]) for name in names]),

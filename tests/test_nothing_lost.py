@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -263,6 +264,28 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "cannot write" in done.stderr
     assert not (tmp_path / "x/state.pt").exists()
+
+
+def test_out_of_memory_is_one_clear_line_and_the_run_goes_on(tmp_path, monkeypatch):
+    """What a GPU raises in the third step's backward pass, raised here by hand; --resume then goes on from the last save."""
+    loss, calls = grpo.grpo_loss, Counter()
+
+    def full(*inputs, **settings):
+        calls["loss"] += 1
+        if calls["loss"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return loss(*inputs, **settings)
+
+    small = "--steps 4 --games 2 --samples 2 --eval-games 2 --save-every 1 --max-tokens 8".split()
+    monkeypatch.setattr(grpo, "grpo_loss", full)
+    monkeypatch.setattr(toy, "world", lambda seed, size, world=toy.world: world(seed, size, 4, 2))
+    monkeypatch.setattr(sys, "argv", ["rrg.py", "--out", str(tmp_path / "x"), *small])
+    with pytest.raises(SystemExit, match="^error: out of GPU memory; lower --micro"):
+        runpy.run_path(str(ROOT / "rrg.py"), run_name="__main__")
+    assert torch.load(tmp_path / "x/state.pt", weights_only=True)["step"] == 2
+    monkeypatch.setattr(sys, "argv", ["rrg.py", "--out", str(tmp_path / "x"), "--resume", "--micro", "1"])
+    runpy.run_path(str(ROOT / "rrg.py"), run_name="__main__")
+    assert (tmp_path / "x/result.json").is_file()
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
