@@ -47,6 +47,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NOT_CONCEPTS = {"laion", "negative_example"}  # pools of unrelated negatives that some benchmarks ship beside the photos
 NOT_READ = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make and this program does not read
 WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError)  # what opening a bad picture raises
 LFS = b"version https://git-lfs"
 
 
@@ -155,7 +156,7 @@ def fetch(root):
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise DataError(f"{root} is not a folder here, and as a dataset on the hub: {str(error).strip().splitlines()[0]}") from error
     if not pathlib.Path(root).is_dir():
-        raise DataError(f"{root} is not a folder; --data wants one with a folder of photos for each thing, or the name of a hub dataset")
+        raise DataError(f"{root} is not a folder; wanted: one with a folder of photos for each thing, or the name of a hub dataset")
     return pathlib.Path(root)
 
 
@@ -206,7 +207,7 @@ def load_concepts(root, log=print, least=2):
             read_photo(path)
         except DataError:
             raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             broken.append(f"{path.relative_to(root)} ({error})")
             continue
         same = (*folders, part, hashlib.sha256(path.read_bytes()).digest())
@@ -358,6 +359,8 @@ def read_database(path, photos=()):
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
         entries.append(Entry(tag.strip("<>"), category or "object", prose(item.get("info")),
                              [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]))
+        if not files:
+            raise DataError(f"{path} has no picture of {tag}, so photos cannot be compared with it")
     return entries
 
 
@@ -419,18 +422,19 @@ def split_concepts(concepts, seed, unseen=None):
     return turns[:-test], turns[-test:], [concept for concept in concepts if concept.category in unseen]
 
 
-def mine_games(concepts, embeddings, k, seed, *, pool=None, negatives="hard", positive="hard", log=print):
-    """One game for every photo of `concepts`, whose distractors come from the concepts in `pool` (by default the same ones).
+def mine_games(concepts, embeddings, k, seed, *, rivals=None, negatives="hard", positive="hard", log=print):
+    """One game for every photo of `concepts`, whose negatives come from the concepts `rivals` (by default the same ones).
 
-    embeddings {photo name: unit vector [D]}. Hard positive: the view of the same concept least similar to the target ("easy": the most
-    similar). Hard negatives: rank the other concepts by the similarity of their mean to the target, same category first; of each of
-    the first 8 take its photo most similar to the target; keep the k - 1 most similar ("random": any photos of any other concepts).
-    Raises DataError when there are fewer than k concepts in all; reports games whose category is too small for k - 1 negatives.
+    embeddings {photo name: unit vector [D]}; similarity is the cosine, here a dot product. Hard positive: the view of the same concept least
+    similar to the target ("easy": the most similar). Hard negatives: rank the other concepts of the category by the similarity of their mean to
+    the target; of each of the first 8 take its photo most similar to the target; keep the k - 1 most similar ("random": any photos of any other
+    concepts). A category with fewer than k - 1 other concepts is filled up from the most similar ones of other categories, which is reported.
+    Raises DataError when there are fewer than k concepts in all.
     """
-    pool = pool or concepts
-    if len({concept.name for concept in pool}) < k:
-        raise DataError(f"a pool of K={k} pictures needs {k} concepts, here are only {len(pool)}; add some or lower --k")
-    mean = {concept.name: torch.stack([embeddings[photo.name] for photo in concept.photos]).mean(0) for concept in pool}
+    rivals = rivals or concepts
+    if len({concept.name for concept in rivals}) < k:
+        raise DataError(f"a pool of K={k} pictures needs {k} concepts, here are only {len(rivals)}; add some or lower --k")
+    mean = {concept.name: torch.stack([embeddings[photo.name] for photo in concept.photos]).mean(0) for concept in rivals}
     games, borrowed = [], 0
     for concept in concepts:
         for target in concept.photos:
@@ -438,16 +442,16 @@ def mine_games(concepts, embeddings, k, seed, *, pool=None, negatives="hard", po
             like = lambda vector: float(embeddings[target.name] @ vector)  # noqa: E731
             near = lambda photo: like(embeddings[photo.name])  # noqa: E731
             views = sorted((photo for photo in concept.photos if photo is not target), key=near)
-            other = [rival for rival in pool if rival.name != concept.name]
+            other = [rival for rival in rivals if rival.name != concept.name]
             if negatives == "random":
-                foils = [rng.choice(rival.photos) for rival in rng.sample(other, k - 1)]
+                chosen = [rng.choice(rival.photos) for rival in rng.sample(other, k - 1)]
             else:
                 other.sort(key=lambda rival: -like(mean[rival.name]))
                 kin = [rival for rival in other if rival.category == concept.category][:8]
                 borrowed += len(kin) < k - 1
-                foils = sorted((max(rival.photos, key=near) for rival in kin), key=near, reverse=True)[:k - 1]
-                foils += [max(rival.photos, key=near) for rival in other if rival not in kin][:k - 1 - len(foils)]
-            candidates = [views[0 if positive == "hard" else -1], *foils]
+                chosen = sorted((max(rival.photos, key=near) for rival in kin), key=near, reverse=True)[:k - 1]
+                chosen += [max(rival.photos, key=near) for rival in [rival for rival in other if rival not in kin][:k - 1 - len(chosen)]]
+            candidates = [views[0 if positive == "hard" else -1], *chosen]
             order = rng.sample(range(k), k)
             games.append(Game(concept.name, concept.category, target, [candidates[i] for i in order], order.index(0)))
     if borrowed:

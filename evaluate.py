@@ -18,7 +18,13 @@ and with --grounding, as RePIC is measured, by the model *with* its adapter, fro
     python evaluate.py --report runs/x                                                 # a finished run and its table as one page, report.html
 
 The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos of held-out concepts, whose categories
-rrg.py was trained on, put to a database of all concepts of these categories; "unseen" the same for the categories it never met.
+rrg.py was trained on, put to a database of all concepts of these categories; "unseen" the same for the categories it never met. Its columns:
+
+    caption F1     of the letter that was chosen, with its precision and recall: the mean over things
+    name F1        does the caption call the thing by its name
+    recognition    the mean of positive (this is it) and negative (this is another); inside, across: negatives of its category, of others
+    VQA, leakage   right answers; descriptions that mention state or place. words: how long a description is
+    ceiling        is the right thing among the k retrieved: captions cannot be better. unparsed: answers that cannot be read
 
 Where it departs from the paper and its authors' research code:
 1. The model's own features are the default in retrieval: photos by the frozen tower, texts by the listener's belief; --embedder takes a CLIP.
@@ -37,6 +43,7 @@ import html
 import io
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
@@ -54,7 +61,7 @@ import rrg
 import toy
 from data import tag
 
-SCENES = 60  # pictures of one, of two and of four things that are captioned
+SCENES = 60  # pictures of one thing, as many of two and of four; each is captioned with right, with retrieved and with wrong references
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEAKAGE = ("This is how somebody described a thing of theirs: ",
            "\nDoes it mention a passing state of the thing, such as what it is doing, how it is placed, or that it is open, worn or folded? Does it "
@@ -230,7 +237,7 @@ def grounding(mllm, embedder, known, tested, split, options):
             before, after = reward.REPIC["ict"][number % 3]
             prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
             rows.append([tag(name) for name in (others if how == "wrong" else names)])
-        scores = name_grounding(list(zip(rows, mllm.tell(prompts, options.max_tokens, "calling by name"))))
+        scores = name_grounding(list(zip(rows, mllm.tell(prompts, options.max_tokens, "calling by name"))), case_sensitive=many == 2)
         figures |= {f"names_{many}_{how}_{key}": value if rows else None for key, value in scores.items()}
     return figures
 
@@ -249,7 +256,7 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
         candidates.append([entries[i] for i in row])
     captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
     chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
-    grounding = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
+    called = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
     shown, kind = dict(tests), {entry.name: entry.category for entry in entries}
     pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
     pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in owner}
@@ -258,7 +265,7 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
     return {
         **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)], set(shown.values())),
-        **{f"name_{key}": value for key, value in grounding.items()},
+        **{f"name_{key}": value for key, value in called.items()},
         **recognition_scores([(same, yes, kind[name] == kind[shown[photo]]) for ((photo, name), same), yes in zip(pairs.items(), said)]),
         "vqa": share([hit is True for hit in right]), "leakage": leaked, "words": sum(len(e.text.split()) for e in entries) / len(entries),
         "retrieval_ceiling": share([name in [entry.name for entry in some] for (_, name), some in zip(tests, candidates)]),
@@ -274,7 +281,7 @@ COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "
            "recognition_weighted": "recognition", "recognition_positive": "positive", "recognition_negative": "negative",
            "recognition_inside": "inside", "recognition_across": "across", "vqa": "VQA", "leakage": "leakage", "words": "words",
            "retrieval_ceiling": "ceiling", "unparsed": "unparsed"}
-GROUNDING = {f"names_{many}_{how}_f1": f"{many} {how}" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")}
+GROUNDING = {f"names_{many}_{how}_f1": f"{many} {'name' if many == 1 else 'names'}, {how}" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")}
 
 
 def tables(rows):
@@ -316,9 +323,11 @@ def table(mllm, embedder, options, models):
         if missing := [concept.name for concept in concepts if concept.name not in entries]:
             raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
         remembered[file] = [entries[concept.name] for concept in concepts], set()
+    used = {pathlib.Path(root, photo.name).resolve() for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
     for name in models:
         if name != "base":
-            adapt(mllm, name, options)
+            adapt(mllm, name)
+            mind(name, options)
         remembered[name] = describe(mllm, concepts, references, options.max_tokens)
         grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
@@ -328,7 +337,8 @@ def table(mllm, embedder, options, models):
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
         for part, (known, tested) in held.items():
-            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1]]
+            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1]
+                     if pathlib.Path(root, photo.name).resolve() not in used]  # what a database was written from is no test
             if tests:
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
                 questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
@@ -337,31 +347,30 @@ def table(mllm, embedder, options, models):
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
             save(options.out, result)
-            save(database_file(options.out, name), data.database(entries, root))
+            file, row = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
+            save(file.with_name(f"{file.stem}-{row}-database.json"), data.database(entries, root))  # the descriptions lie beside the table
     return result
 
 
-def adapt(mllm, folder, options):
-    """Put an adapter on, and say so if its run had other held-out concepts than this table."""
+def adapt(mllm, folder):
+    """Put an adapter on."""
     try:
         grpo.load_adapter(mllm.model, folder)
     except ValueError as error:
         raise data.DataError(str(error)) from error
-    record = pathlib.Path(folder).parent / "config.json"
-    run = data.load_json(record)["settings"] if record.is_file() else {}
+
+
+def mind(adapter, options):
+    """Say so if an adapter's run had other held-out concepts than this table."""
+    record = pathlib.Path(adapter).parent / "config.json"
+    run = data.load_json(record).get("settings") if record.is_file() else None
     if run and (run["seed"], pathlib.Path(run["data"])) != (options.seed, pathlib.Path(options.data)):
-        print(f"note: {folder} was trained with --seed {run['seed']} --data {run['data'] or '(the toy world)'}, so it may have met concepts "
+        print(f"note: {adapter} was trained with --seed {run['seed']} --data {run['data'] or '(the toy world)'}, so it may have met concepts "
               "that this table holds out")
 
 
 def save(file, content):
     grpo.write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1)))
-
-
-def database_file(out, row):
-    """Where --out puts a row's descriptions: beside the table."""
-    out, row = pathlib.Path(out), re.sub(r"[^\w-]+", "-", row).strip("-")
-    return out.with_name(f"{out.stem}-{row}-database.json")
 
 
 # ------------------------------------------------------------------------------------------------------- ask about one picture
@@ -370,13 +379,13 @@ def ask(mllm, embedder, options):
     query = data.Photo(f"query {options.query}", partial(data.read_photo, options.query))
     try:
         query.open()
-    except (OSError, SyntaxError) as error:
+    except data.UNREADABLE as error:
         raise data.DataError(f"cannot read the picture {options.query}: {error}") from error
     if options.database:
         entries = data.read_database(options.database[0])
     else:
         if options.adapter:
-            adapt(mllm, options.adapter[0], options)
+            adapt(mllm, options.adapter[0])
         concepts = data.load_concepts(options.photos, least=1)
         references = {concept.name: concept.photos[:options.references] for concept in concepts}
         entries, malformed = describe(mllm, concepts, references, options.max_tokens)
@@ -395,11 +404,11 @@ def ask(mllm, embedder, options):
         print(f"\n{row['Caption']}\n\nbecause it chose {row['Answer']}" + (f": {row['Reasoning']}" if row.get("Reasoning") else ""))
     else:
         print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said: {said!r}\n")
-    print(f"the {len(order)} most similar of {len(entries)} things (score: half picture, half words, each from 0 to 1 over all things)")
-    for letter, entry in zip(LETTERS, order):
-        i = entries.index(entry)
-        print(f"  {'*' if row and row['Answer'] == letter else ' '}{letter}  {entry.name}  {scores[0, i]:.2f} "
-              f"(picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entry.text}")
+    print(f"the {len(order)} most similar of {len(entries)} things, by a score: half picture, half words, each stretched to 0 to 1 over all things")
+    for i in best[0].tolist():
+        letter = LETTERS[order.index(entries[i])]
+        print(f"  {'*' if row and row['Answer'] == letter else ' '}{letter}  {entries[i].name}  {scores[0, i]:.2f} "
+              f"(not stretched: picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entries[i].text}")
 
 
 # ---------------------------------------------------------------------------------------------------------- a run as a page
@@ -409,41 +418,42 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem
 .row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem}.curves figure{margin:0}
 figure img{width:100%;border-radius:.4rem}article{border-top:1px solid var(--line);padding:1rem 0}.scroll{overflow-x:auto}h3{font-size:1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child,td.text{text-align:left}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child{text-align:left;font-weight:normal}
 .bar{display:block;height:.6rem;background:var(--line);border-radius:.3rem;overflow:hidden}.bar i{display:block;height:100%;background:currentColor}
 .before{color:var(--bad)}.after{color:var(--good)}svg{width:100%}mark{text-decoration:underline wavy}pre{white-space:pre-wrap}"""
 
 
-def chart(name, values):
-    """One curve over training as SVG: each step faint, the mean of the last tenth of the run so far bold."""
+def chart(name, points, last):
+    """One curve over training as SVG, points [(step, value)] of a run of `last` steps: values faint, the mean of the last tenth of them bold."""
+    steps, values = zip(*points)
     top, window = max(values), max(1, len(values) // 10)
     smooth = [sum(part) / len(part) for part in (values[max(0, i - window + 1):i + 1] for i in range(len(values)))]
-    line = lambda ys: " ".join(f"{300 * i / max(1, len(ys) - 1):.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for i, y in enumerate(ys))  # noqa: E731
-    told = f"{name.replace('_', ' ')}: {values[0]:.3g} at the first step, {values[-1]:.3g} at the last, at most {top:.3g}"
+    line = lambda ys: " ".join(f"{300 * step / last:.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for step, y in zip(steps, ys))  # noqa: E731
+    told = f"{name.replace('_', ' ')}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}, at most {top:.3g}"
     return (f'<figure><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
             f'<polyline points="{line(values)}" fill="none" stroke="#2471a3" opacity=".4"/><polyline points="{line(smooth)}" fill="none" stroke="#2471a3" '
             f'stroke-width="3"/></svg><figcaption>{told}<br><small>{html.escape(rrg.METRICS[name])}</small></figcaption></figure>')
 
 
 def grid(title, lines):
-    """A table as HTML: [the lines' cells, the heading first]; cells of text stand to the left."""
+    """A table as HTML: [the lines' cells, the heading first]."""
     head, *body = [[html.escape(cell) for cell in line] for line in lines]
-    cell = lambda text: f'<td class="text">{text}</td>' if len(text) > 30 else f"<td>{text}</td>"  # noqa: E731
     return (f'<h3>{html.escape(title)}</h3><div class="scroll" role="region" aria-label="{html.escape(title)}" tabindex="0"><table><tr>'
             + "".join(f'<th scope="col">{text}</th>' for text in head) + "</tr>"
-            + "".join(f'<tr><th scope="row">{first}</th>{"".join(map(cell, rest))}</tr>' for first, *rest in body) + "</table></div>")
+            + "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{text}</td>" for text in rest)}</tr>' for first, *rest in body) + "</table></div>")
 
 
-def picture(photo, told):
-    """A photo within the page, with words for those who do not see it."""
+def figure(photo, told, more=""):
+    """A photo within the page, its name, what it is told to be, and `more` of HTML between the two."""
     image, file = photo.open(), io.BytesIO()
     image.thumbnail((320, 320))
     image.save(file, "JPEG", quality=90)
-    return (f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{html.escape(told)}: {html.escape(photo.name)}">'
-            f"<figcaption>{html.escape(told)}</figcaption>")
+    told = html.escape(f"{photo.name}: {told}")
+    return (f'<figure><img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{told}">{more}'
+            f"<figcaption>{told}</figcaption></figure>")
 
 
-def said(when, row, knows):
+def marked(when, row, knows):
     """What was said of a picture, with leaked words marked where the truth is known."""
     text = html.escape(answer.text if (answer := reward.parse(row["text"])) else row["text"])
     leak = lambda word: f"<mark>{word[0]}</mark>" if knows and toy.leaks(word[0]) else word[0]  # noqa: E731
@@ -453,17 +463,18 @@ def said(when, row, knows):
 def example(rows, photos):
     """One held-out game or task, {"before": row, "after": row} of result.json."""
     game, knows = rows["before"], all(photo.truth for photo in photos.values())
-    words = "".join(said(when, row, knows) for when, row in rows.items())
+    words = "".join(marked(when, row, knows) for when, row in rows.items())
     if "pool" not in game:
-        pictures = "".join(f"<figure>{picture(photos[name], f'picture {i}')}</figure>" for i, name in enumerate(game["photos"], 1))
-        return f'<article><p>{html.escape(game["question"])}</p><div class="row">{pictures}<div>{words}</div></div></article>'
+        shown = "".join(figure(photos[name], f"picture {i}") for i, name in enumerate(game["photos"], 1))
+        right = html.escape(f"{game['kind']}; right: {game['solution']}")
+        return f'<article><p>{html.escape(game["question"])} ({right})</p><div class="row">{shown}<div>{words}</div></div></article>'
     pool = ""
     for i, name in enumerate(game["pool"]):
         told = "hard positive: the same thing" if i == game["answer"] else "a look-alike"
         bars = "".join(f'<span class="{when}">{when}: {row["rho"][i]:.0%} yes<span class="bar" aria-hidden="true"><i style="width:{row["rho"][i]:.0%}"></i>'
                        "</span></span>" if row["rho"] else f"<span>{when}: not parsed</span>" for when, row in rows.items())
-        pool += f"<figure>{picture(photos[name], told)}{bars}</figure>"
-    return (f'<article><div class="row"><figure>{picture(photos[game["target"]], "target: what the speaker sees")}</figure><div>{words}</div></div>'
+        pool += figure(photos[name], told, bars)
+    return (f'<article><div class="row">{figure(photos[game["target"]], "target, what the speaker sees")}<div>{words}</div></div>'
             f'<p>Does the description fit? The listener of each candidate:</p><div class="row">{pool}</div></article>')
 
 
@@ -472,29 +483,37 @@ def group(sample, std_floor):
     rewards = [row["reward"] for row in sample["samples"]]
     advantages = grpo.group_advantages(torch.tensor([rewards]), std_floor=std_floor)[0].tolist()
     title = f"step {sample['step']}: the answers about {sample.get('target') or sample['question']}"
-    return grid(title, [["reward", "advantage", "answer"], *([f"{pay:.3f}", f"{A:+.2f}", row["text"]] for row, pay, A in zip(sample["samples"], rewards, advantages))])
+    return grid(title, [["answer", "reward", "advantage"], *([row["text"], f"{pay:.3f}", f"{A:+.2f}"] for row, pay, A in zip(sample["samples"], rewards, advantages))])
 
 
-def page(folder, mllm, rows):
-    """A finished run and the `rows` of its table as one HTML page without anything from elsewhere."""
+def album(folder, mllm):
+    """{name: Photo} of the pictures that a finished run shows. Raises DataError where one is no longer there."""
+    config, examples = rrg.Config(**data.load_json(folder / "config.json")["settings"]), data.load_json(folder / "result.json")["examples"]["before"]
+    photos = {photo.name: photo for games in rrg.set_up(config, mllm) for game in games for photo in rrg.pictures(game)}
+    names = [name for game in examples for name in (game.get("photos") or [game["target"], *game["pool"]])]
+    if missing := [name for name in names if name not in photos]:
+        raise data.DataError(f"{config.data or 'the toy world'} is not what it was when {folder} was trained: {missing[0]} is not there")
+    return {name: photos[name] for name in names}
+
+
+def page(folder, photos, rows):
+    """A finished run, the `photos` it shows, and the `rows` of its table as one HTML page without anything from elsewhere."""
     record, result = data.load_json(folder / "config.json"), data.load_json(folder / "result.json")
     config = rrg.Config(**record["settings"])
-    photos = {photo.name: photo for games in rrg.set_up(config, mllm) for game in games for photo in rrg.pictures(game)}
     with open(folder / "metrics.csv") as file:
         log = list(csv.DictReader(file))
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    percent = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
-    columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
-    games = [["", "before", "after", "before, unseen categories", "after, unseen categories"],
-             *([name, *(percent(part.get(name)) for part in columns)] for name, value in columns[0].items() if name != "unseen" and value is not None)]
+    curves = {name: [(int(row["step"]), float(row[name])) for row in log if row[name]] for name in CURVES}
     parts = {
-        "Results": grid("held-out games" if config.method == "rrg" else "held-out tasks", games) + "".join(grid(*some) for some in tables(rows)),
-        "Curves": '<div class="curves">' + "".join(chart(name, [float(row[name]) for row in log if row[name]]) for name in CURVES
-                                               if any(row[name] for row in log)) + "</div>",
-        "Games": "<p>Held out from training, answered greedily. In the toy world words are marked that tell of place, pose or light: the next photo "
-                 "will not share them.</p>" + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
+        "Results": grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.table(result)])
+                   + "".join(grid(*some) for some in tables(rows)),
+        "Curves": "<p>Each step faint, the mean of the last tenth of the steps bold.</p>"
+                  f'<div class="curves">{"".join(chart(name, points, len(log)) for name, points in curves.items() if points)}</div>',
+        "Games": "<p>Held out from training, answered greedily."
+                 + " Marked words tell of place, pose or light, which the next photo will not share." * (config.method == "rrg" and not config.data) + "</p>"
+                 + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
         "Groups": "<p>What the advantages are made of: all answers of one game, at the first step and at the last.</p>"
-                  + "".join(group(sample, config.std_floor) for sample in (samples[0], samples[-1])) if config.method != "sft" else ""}
+                  + "".join(group(sample, config.std_floor) for sample in samples[:1] + samples[1:][-1:]) if config.method != "sft" else ""}
     name = html.escape(folder.resolve().name)
     body = "".join(f'<h2 id="{title}">{title}</h2>{part}' for title, part in parts.items() if part)
     links = " · ".join(f'<a href="#{title}">{title}</a>' for title, part in parts.items() if part)
@@ -520,15 +539,22 @@ def settings(argv=None):
     add("--embedder", default="", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
     add("--grounding", action="store_true", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
     add("--all", action="store_true", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
-    add("--seed", type=int, default=0, metavar="INT", help="seed of splits, references and letters; the same as the run's (default 0)")
+    add("--seed", type=int, default=0, metavar="INT", help="seed of splits, references and letters: give the run's, if it was not 0 (default 0)")
     add("--max-tokens", type=int, default=128, metavar="INT", help="longest description or answer, in tokens (default 128)")
     add("--max-pixels", type=int, metavar="INT", help=f"photos are shrunk to at most this many pixels (default {rrg.Config.max_pixels}; "
                                                        f"toy model {rrg.TOY['max_pixels']})")
     add("--out", default="", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
-    add("--report", default="", metavar="RUN", help="a finished run: its table, curves, games and descriptions as one page, RUN/report.html "
-                                                    "(model, data and seed are the run's, the table goes to RUN/table.json too)")
+    add("--report", nargs="?", const="newest", default="", metavar="RUN",
+        help="a finished run (default: the newest in runs/): its table, curves, games and descriptions as one page, RUN/report.html "
+             "(model, data and seed are the run's, the table goes to RUN/table.json too)")
     options = parser.parse_args(argv)
     if options.report:
+        if options.query:
+            parser.error("--report is about a run, --query about one picture: give one of them")
+        if options.report == "newest":
+            options.report = max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
+            parser.set_defaults(report=options.report)
+            argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--report"]
         if not (run := pathlib.Path(options.report) / "result.json").is_file():
             parser.error(f"{options.report} holds no finished run; to finish one: python rrg.py --out {options.report} --resume")
         own = data.load_json(run.with_name("config.json"))["settings"]
@@ -550,11 +576,12 @@ def main(options):
     embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
     if options.query:
         return ask(mllm, embedder, options)
+    photos = album(pathlib.Path(options.report), mllm) if options.report else {}
     rows = table(mllm, embedder, options, ["base", *options.adapter])["rows"]
     show(rows)
     if options.report:
-        content, file = page(pathlib.Path(options.report), mllm, rows), pathlib.Path(options.report) / "report.html"
-        grpo.write_atomically(file, lambda path: path.write_text(content))
+        content, file = page(pathlib.Path(options.report), photos, rows), pathlib.Path(options.report) / "report.html"
+        grpo.write_atomically(file, lambda path: path.write_text(content, encoding="utf-8"))
         print(f"\nwrote {file}, which any browser opens")
 
 

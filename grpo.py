@@ -11,10 +11,9 @@ Where it departs from them:
    (r - mean) / std would blow that noise up to advantages of +-1. A group whose rewards are all equal gets exactly 0.
 2. Adapters sit on the language model only, without dropout: the vision tower is frozen so that a picture is encoded once, and dropout
    would make the policy that is trained differ from the one that was sampled.
-3. k3's value estimates KL(policy || reference), but the gradient of k3 as a loss is that of KL(reference || policy). The paper uses it
-   so, and so do we.
 
-Shapes: B prompts, G samples a prompt, N = B*G sequences, C completion length, V vocabulary, r rank of an adapter.
+Shapes: B prompts, G samples per prompt, N = B*G sequences, C completion length, V vocabulary. (In the part on LoRA, A, B and r are its own
+paper's letters: the two matrices of an adapter and their rank.)
 """
 import contextlib
 import json
@@ -50,12 +49,15 @@ def group_advantages(rewards, *, std_floor=0.0):
 
 def token_logps(logits, ids):
     """log pi(id | everything before it), in fp32.   logits [..., V] that predict ids [...] -> [...]"""
-    logits = logits.float()  # bf16 would be off by up to 0.02 nats, which lands in exp(ratio)
+    logits = logits.float()  # a sum over V in bf16 would be off by hundredths of a nat, which the ratio has in its exponent
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def kl_k3(logp, ref_logp):
-    """Schulman's k3 estimate of KL(policy || reference) per token:   exp(d) - d - 1 with d = ref_logp - logp.   Never negative."""
+    """Schulman's k3 estimate of KL(policy || reference) per token:   exp(d) - d - 1 with d = ref_logp - logp.   Never negative.
+
+    Its value estimates KL(policy || reference); as a loss its gradient is that of KL(reference || policy). The paper uses it so, and so do we.
+    """
     d = ref_logp - logp
     return d.exp() - d - 1
 
@@ -73,10 +75,10 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
         "dapo"     sum / all tokens of the batch: every token weighs the same           (DAPO)
 
     logp, old_logp, ref_logp, mask [N, C] (mask 1 up to and including the first end of text); advantages [N].
-    `total` splits a batch into micro-batches without changing the gradient: what the whole batch has of sequences ("grpo", "dr_grpo")
-    or of tokens ("dapo"); the losses of the micro-batches then add up to that of the batch.
+    `total` splits a batch into micro-batches without changing the gradient: the number of sequences (for "dapo", of tokens) in the whole
+    batch; the losses of the micro-batches then add up to that of the batch.
     Returns (loss, stats): `kl` mean k3 per token; `clip_high`, `clip_low` share of tokens whose gradient the clip has cut.
-    With one update per batch of samples ratio is exactly 1 and the clip is idle; it works from the second update (mu > 1) on.
+    With one update per batch of samples ratio is 1 but for rounding and the clip is idle; it works from the second update (mu > 1) on.
     """
     mask = mask.to(logp.dtype)
     ratio = (logp - old_logp).exp()  # [N, C]
@@ -95,15 +97,16 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
         value = per_token.sum() / (total or mask.sum().clamp(min=1))
     else:
         raise ValueError(f'unknown loss "{loss}": grpo, dr_grpo or dapo')
-    share = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()  # noqa: E731
+    per_token_mean = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()  # noqa: E731
     with torch.no_grad():
-        stats = {"kl": share(kl), "clip_high": share((ratio > 1 + eps_high) & (A > 0)), "clip_low": share((ratio < 1 - eps_low) & (A < 0))}
+        stats = {"kl": per_token_mean(kl), "clip_high": per_token_mean((ratio > 1 + eps_high) & (A > 0)),
+                 "clip_low": per_token_mean((ratio < 1 - eps_low) & (A < 0))}
     return value, stats
 
 
 # ------------------------------------------------------------------------------------------------------------------- LoRA
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x   with W frozen, A [r, in] random and B [out, r] zero, so that it starts as the identity (LoRA, 4.1).
+    """y = W x + (alpha / r) B A x   with W frozen, A [r, in] random and B [out, r] zero, so that training starts from W x (LoRA, 4.1).
 
     A and B are kept in fp32 whatever W is: a step of 1e-5 on a bf16 number is mostly rounded away.
     """

@@ -8,22 +8,23 @@ The speaker answers in three fields; the first is for itself, the other two are 
 The listener is shown one candidate picture at a time and asked whether the description fits it. What it answers becomes
 
     rho_u = P(yes) / (P(yes) + P(no))                               how well the description fits candidate u of the K in the pool
-    soft-gated   r = rho_target / sum_u rho_u  if argmax_u rho_u is the target, else 0                                 (the default)
-    binary       r = 1                         if argmax_u rho_u is the target, else 0
-    soft         r = rho_target / sum_u rho_u
+    soft-gated   r = rho_+ / sum_u rho_u  if rho_+ is the largest, else 0                                 (the default)
+    binary       r = 1                    if rho_+ is the largest, else 0
+    soft         r = rho_+ / sum_u rho_u                                       where + is the hard positive, the right answer
 
 plus a term for the format and a small one for the length, each with its weight and its own curve in the log.
 
-RePIC, the system RRG is compared with, pays what a rule can verify, one task a prompt: is the thing of picture 1 in picture 2 (`oct_reward`),
-where is it (`vlt_reward`), and does a caption call what it shows by the names that were given (`ict_reward`).
+RePIC, the system RRG is compared with, pays what a rule can verify, one task per prompt: is the thing of picture 1 in picture 2 (object
+consistency tuning, OCT), where is it (visual localization, VLT), and does a caption call what it shows by the names that were given (identity
+consistency, ICT).
 
-The prompts of the game and of evaluate.py's tasks stand here together: the toy model learns them all, each as a word of its vocabulary.
+The prompts of the game and of evaluate.py's tasks stand here together: the toy model's tokenizer has one token for each fixed piece of them.
 
 Where it departs from the paper and its authors' research code:
 1. An answer is parsed strictly: three fields, in order, nothing around them. One that cannot be parsed earns nothing from the listener
    and is never shown to it. (The research code had four fallbacks, so malformed answers were paid.)
-2. "soft" pays the share of the *target*. (The research code paid the predicted candidate's, so a confident wrong pick earned reward.)
-3. A tie is not a win: the target must beat every other candidate. Failing to score raises; it never becomes a reward of 0.
+2. "soft" pays the share of the *right* candidate. (The research code paid the predicted candidate's, so a confident wrong pick earned reward.)
+3. A tie is not a win: the right candidate must beat every other one. Failing to score raises; it never becomes a reward of 0.
 4. Every single-token spelling of yes and no counts, not only the lower-case ones.
 5. The prompts say "the main subject" where the paper's name the category, which nobody knows of a photo on a phone.
 6. RePIC's rewards are the paper's, not its code's, which found "no" in "know", read whole numbers only, compared boxes in pixels of two
@@ -109,16 +110,17 @@ def quoted(text, markers=()):
 def fit(logits, yes, no):
     """rho = P(yes) / (P(yes) + P(no)) from first-token logits [N, V] in fp32; `yes` and `no` list the ids of every spelling. -> [N]"""
     logits = logits.float()
+    # P(yes) / (P(yes) + P(no)) = sigmoid(log P(yes) - log P(no)), in which softmax's denominator cancels
     return torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1))
 
 
-def listener_reward(rho, target, kind="soft_gated"):
-    """rho [N, K], target [N] (its place in the pool) -> (reward [N], right [N] bool: the target beats every other candidate)."""
+def listener_reward(rho, answer, kind="soft_gated"):
+    """rho [N, K], answer [N] (the hard positive's place in the pool) -> (reward [N], right [N] bool: it beats every other candidate)."""
     if not rho.isfinite().all() or (rho < 0).any() or (rho > 1).any():
         raise FloatingPointError("the listener's answer is not a probability; scoring has failed")
-    own = rho.gather(1, target[:, None]).squeeze(1)  # [N]
-    others = rho.scatter(1, target[:, None], -1.0).amax(1)  # [N]
-    right, share = own > others, own / rho.sum(1).clamp(min=1e-30)  # [N], [N]
+    own = rho.gather(1, answer[:, None]).squeeze(1)  # [N], rho_+
+    others = rho.scatter(1, answer[:, None], -1.0).amax(1)  # [N]
+    right, share = own > others, own / rho.sum(1).clamp(min=1e-30)  # [N], and [N] rho_+ / sum_u rho_u
     rewards = {"binary": right.float(), "soft": share, "soft_gated": share * right}
     if kind not in rewards:
         raise ValueError(f'unknown reward "{kind}": soft_gated, binary or soft')

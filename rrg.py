@@ -12,7 +12,7 @@
 
 A claim about the background fails on the hard positive, a vague description fits the hard negatives too: what remains is what identifies.
 
-    python rrg.py                                                        # the toy world, on a CPU, in minutes
+    python rrg.py                                                        # the toy world, on a CPU, in a minute
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data my_photos/    # a real model and your photos, on one GPU
     python rrg.py --method repic                                         # another method: repic or sft
     torchrun --nproc_per_node=4 rrg.py --model ... --data ...            # several GPUs: each plays a share of every step's games
@@ -79,8 +79,8 @@ def gather(rows):
     return sum(parts, [])
 
 
-def share(games):
-    """This process's games of a list: the same number for all of them but for the last ones."""
+def my_part(games):
+    """This process's part of a list: equally many for all of them but for the last ones."""
     rank, world = ranks()
     size = -(-len(games) // world)
     return games[rank * size:(rank + 1) * size]
@@ -95,7 +95,7 @@ def add_up(tensors):
             tensor.copy_(total.view_as(tensor))
 
 
-# ------------------------------------------------------------------------------------------------- the model: two primitives
+# ---------------------------------------------------------------------------- the model: two primitives, prefill and carry_on
 @dataclass
 class Prefix:
     """B prompts that the model has read: their keys and values, which of the P places are real [B, P] (None: all), the position that
@@ -106,7 +106,7 @@ class Prefix:
     last: torch.Tensor
 
     def rows(self, index):
-        """The prefix of row `index[n]` for each continuation n, sharing nothing with the original but its gradient."""
+        """The prefix of row `index[n]` for each continuation n: copies of keys and values that were computed once; gradients flow back to them."""
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[index], layer.values[index], i)
@@ -125,8 +125,8 @@ class Answers:
 class MLLM:
     """A Qwen2-VL (or 2.5-VL) by hub name or folder, its tokenizer and its picture processor, and what the game needs of them."""
 
-    def __init__(self, name, max_pixels, device=None):
-        self.device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, name, max_pixels):
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         try:
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
@@ -244,7 +244,7 @@ class MLLM:
                 token = logp.argmax(-1, keepdim=True)  # [N, 1]
             else:  # where a uniform number falls among the summed chances; multinomial would draw a number for each word there is
                 cdf = logp.exp().cumsum(-1)  # [N, V]
-                draw = share(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1] of all processes' rows
+                draw = my_part(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1] of all processes' rows
                 token = torch.searchsorted(cdf, draw * cdf[:, -1:])  # [N, 1]
             mask.append(~done)
             ids.append(torch.where(done, self.ends[0], token.squeeze(1)))
@@ -387,9 +387,9 @@ def settings(argv=None):
     for option in dataclasses.fields(Config):
         note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
         note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out", "embedder") else ""
-        choices = option.metadata.get("choices")
+        choices, folder = option.metadata.get("choices"), option.name in ("model", "data", "out")
         parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
-                            metavar=None if choices else option.type.__name__.upper(), help=option.metadata["help"] + note)
+                            metavar=None if choices else "DIR" if folder else option.type.__name__.upper(), help=option.metadata["help"] + note)
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))
@@ -436,7 +436,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
     **{kind: f"RePIC only: what the answers to {kind} tasks earned (reward.{kind.split('_')[-1]}_reward)" for kind in KINDS},
     "nll": "minus the mean log-probability of the answers' tokens: of sampled answers an estimate of the entropy, of given ones SFT's loss",
     "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
-    "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update a step",
+    "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update per step",
     "zero_std_groups": "share of games whose answers all earned the same, and so teach nothing",
     "distinct": "share of different texts among the G answers of a game",
     "completion_length": "tokens an answer",
@@ -449,7 +449,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
 def judge(mllm, games, texts, config):
     """Stages 3 and 4 for `texts`, equally many a game in the order of `games`.
 
-    Returns N rows of {text, reward, rho (None if unparsed), identification, ...}: what each earned, for the log.
+    Returns N rows of {text, reward, rho (None if unparsed), identification, ...}: what each earned, and how.
     """
     games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
     parsed = [reward.parse(text) for text in texts]
@@ -505,18 +505,18 @@ def mean(rows, key):
 
 def play(mllm, games, step, config):
     """Stages 2 to 5 -> (answers, their reference log-probs [N, C], advantages [N], rows for the log)."""
-    def score():
+    def score(ids):
         with torch.no_grad():
-            return torch.cat([mllm.score(*part) for part in micro_batches(games, config, answers.ids)])
+            return torch.cat([mllm.score(*part) for part in micro_batches(games, config, ids)])
 
     if config.method == "sft":
         answers = mllm.read_out(written(mllm, games, config.max_tokens))
-        answers.logps = ref_logps = score()  # [N, C]
+        answers.logps = score(answers.ids)  # [N, C]
     else:
         generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
         answers = mllm.speak([prompt(game) for game in games], config.samples, config.max_tokens, generator)
-        with grpo.lora_off(mllm.model):
-            ref_logps = score()  # [N, C]
+    with grpo.lora_off(mllm.model):
+        ref_logps = score(answers.ids)  # [N, C]
     rows = (judge if config.method == "rrg" else verify)(mllm, games, answers.texts, config)
     for row, logps, mask in zip(rows, answers.logps, answers.mask):
         row |= dict(nll=-logps[mask].mean().item(), completion_length=mask.sum().item())
@@ -573,7 +573,7 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
 
 def measure(mllm, games, config):
     """Greedy answers in held-out games or tasks -> (figures as fractions, None where unknown; the rows they are means of)."""
-    games = share(games)
+    games = my_part(games)
     texts = mllm.tell([prompt(game) for game in games], config.max_tokens, "playing held-out games")
     grade, names = (judge, ("identification", "oracle", "leakage", "coverage", "parsed")) if config.method == "rrg" else (verify, KINDS)
     rows = gather(grade(mllm, games, texts, config) if games else [])
@@ -614,7 +614,7 @@ def set_up(config, mllm):
         embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
         how = dict(negatives=config.negatives, positive=config.positive)
         train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
-        held = [data.mine_games(part, embeddings, config.k, config.seed, pool=concepts) for part in parts[1:]]  # measured on hard games, always
+        held = [data.mine_games(part, embeddings, config.k, config.seed, rivals=concepts) for part in parts[1:]]  # measured on hard games, always
         held = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in held]
     print(f"{len(concepts)} concepts: {len(parts[0])} to train on ({len(train)} games), {len(parts[1])} held out ({len(held[0])} games), "
           f"{len(parts[2])} of unseen categories ({len(held[1])} games)")
@@ -690,10 +690,11 @@ def train(config, resume):
         bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="training", unit="step")
         for step in bar:
             started = time.time()
+            # up to lr over the warm-up, then down to 0: lr min((s + 1) / warmup, (S - s) / (S - warmup)), s from 0 to S - 1
             lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            games = share(data.games_of_step(training, step, config.games, config.seed))
+            games = my_part(data.games_of_step(training, step, config.games, config.seed))
             answers, ref_logps, advantages, rows = play(mllm, games, step, config)
             log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)
             rows = gather(rows)
@@ -735,13 +736,17 @@ def machine(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def table(result):
+    """The lines of the table of held-out games: (name, before, after, and both of unseen categories), without what only a toy knows."""
+    columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
+    tell = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
+    return [(name, *(tell(part.get(name)) for part in columns)) for name, value in columns[0].items() if name != "unseen" and value is not None]
+
+
 def show(result, out):
     """Print before and after side by side, and three held-out games."""
-    tell = lambda part, name: "-" if part is None or part[name] is None else f"{part[name]:.1%}"  # noqa: E731
-    columns = [result["before"], result["after"], result["before"]["unseen"], result["after"]["unseen"]]
     print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
-    for name in [name for name, value in result["before"].items() if name != "unseen" and value is not None]:  # not what only a toy knows
-        cells = [tell(part, name) for part in columns]
+    for name, *cells in table(result):
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for rows in list(zip(*result["examples"].values()))[:3]:
         game = rows[0]
@@ -764,8 +769,8 @@ if __name__ == "__main__":
     except (data.DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --micro, which changes no result (a run that has saved a state goes on with --resume --micro 1), "
-                 "or --max-pixels, --samples or --games")
+        sys.exit("error: out of GPU memory; lower --micro to 1, which changes no result (a run that has saved a state goes on with --resume --micro 1), "
+                 "else --max-pixels or --samples")
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error}; a run that has saved a state goes on with --resume")
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ The model is a real `Qwen2VLForConditionalGeneration` of 2.4M parameters in an o
 be an honest small MLLM: it captions densely, mixing identity and view; as a listener it says yes only if every claim fits the picture; and
 it does evaluate.py's three tasks, so that it fails at them where descriptions are bad and not because it cannot read the prompt.
 
-    python toy.py                    # rebuild toy-qwen2-vl/ from nothing (two CPU cores: see the README for the time), then its report card
+    python toy.py                    # rebuild toy-qwen2-vl/ from nothing (toy-qwen2-vl/README.md tells how long it takes), then its report card
     python toy.py --vision-steps 0   # keep its vision tower and rebuild the rest: what a changed prompt needs
     python toy.py --card             # only the report card of the shipped checkpoint
 
@@ -236,6 +236,7 @@ def coverage(text):
 
 # --------------------------------------------------------------------------------------------- the checkpoint, from nothing
 WIDTH, LAYERS, BLOCKS = 128, 5, 3
+LATE, FINDS, COPIES = 3, 0, 2  # a layer near the end, its head that is shown where things are, its head that is shown what to copy (departure 2)
 SIDE = 64  # of a photo, in pixels; a scene has 144, and a thing's box in it begins at one of these:
 EDGES = [0, 4, 8, 72, 76, 80]
 CENTRES = range(8, 144, 16)  # of a scene's image tokens, either way
@@ -440,7 +441,7 @@ class Bank:
 def repic_lesson(tokenizer, task, bank, many, rng):
     """One of RePIC's tasks -> (what the tower sees of its pictures, the text, the answer to learn, a hint for the throw-away heads).
 
-    Their answers are weak, so that there is something left to reinforce: three in five are hasty.
+    Their answers are weak, so that there is something left to reinforce: three in five of the first two kinds are hasty.
     """
     wording, hasty = rng.randrange(len(REPIC[task])), rng.random() < .6
     before, after = REPIC[task][wording]
@@ -480,7 +481,8 @@ def vlt_lesson(tokenizer, bank, hasty, rng):
 
 def ict_lesson(bank, many, wording, rng):
     """A caption of the last picture, after `many` things were shown by name (0: one, and then the last picture is a photo, not a scene). Three in
-    ten of those are not in it, and are never named; others seldom are, and where not much is asked for the caption is short."""
+    ten of those are not in it, and are never named; others mostly only where the wording asks for names. Where it asks for little, the caption
+    is short."""
     if many:
         scene = rng.choice(bank.roomy[many])
         shown, (things, boxes) = bank.crowds[scene], bank.scenes[scene]
@@ -605,8 +607,8 @@ class School:
         cache, start = self.prefill(pick, len(tasks))
         place = start + torch.arange(rows.shape[1]).expand(3, len(rows), -1)  # [3, rows, T]
         out = self.decoder(inputs_embeds=self.decoder.embed_tokens(rows), position_ids=place, past_key_values=cache, use_cache=True, output_attentions=True)
-        hidden, attention = out.last_hidden_state, out.attentions[3]  # [rows, T, WIDTH], [rows, heads, T, P + T]
-        missed = look(attention[..., -rows.shape[1]:], 2, copied(rows, labels, self.numbers))
+        hidden, attention = out.last_hidden_state, out.attentions[LATE]  # [rows, T, WIDTH], [rows, heads, T, P + T]
+        missed = look(attention[..., -rows.shape[1]:], COPIES, copied(rows, labels, self.numbers))
         told = (labels >= 0) & ~decided
         logits = self.model.lm_head(hidden[decided])  # [rows that decide, V]
         right = (logits.argmax(-1) == labels[decided]).float().view(len(pick), -1).mean(0)  # [tasks that decide]
@@ -635,13 +637,13 @@ class School:
             loss = loss + F.binary_cross_entropy_with_logits(self.compare(hidden[decided]), hints.float())
         if task == "vlt":  # each word looks at the things that it fits, the answer at the words, and then at the thing
             fits = (rows[:, :, None, None] == hints[:, None, :, :4]).any(-1)  # [rows, T, 81]
-            missed = [look(attention[1][..., is_image[0]], 0, fits),
-                      look(attention[2], 0, decided[..., None] & torch.isin(rows, self.kinds)[:, None]),
-                      look(attention[3][..., is_image[0]], 0, decided[..., None] & (hints[:, None, :, 4] == 1))]
+            missed = [look(attention[LATE - 2][..., is_image[0]], FINDS, fits),
+                      look(attention[LATE - 1], FINDS, decided[..., None] & torch.isin(rows, self.kinds)[:, None]),
+                      look(attention[LATE][..., is_image[0]], FINDS, decided[..., None] & (hints[:, None, :, 4] == 1))]
             self.figures["find"] = missed[2].item()
             loss = loss + sum(missed)
         if task == "ict":
-            loss = loss + look(attention[3], 2, copied(rows, labels, self.numbers))
+            loss = loss + look(attention[LATE], COPIES, copied(rows, labels, self.numbers))
         return loss
 
     def lessons(self, step):
@@ -649,7 +651,7 @@ class School:
         pick = [self.rng.randrange(len(self.bank.photos)) for _ in range(self.batch)]
         answer, caption, claim, right = self.photos(pick, ("speak",) * 4 + ("listen", "listen", "recognition", "vqa"), step)
         choice, chosen, match, picked = self.photos(pick[:self.batch // 2], ("captioning",), step)  # apart: three descriptions make long rows
-        figures = dict(zip(("listen", "listen too", "recognise", "vqa", "choose", "name", "name too"), right + picked), caption=caption.item(), claim=claim.item())
+        figures = dict(zip(("listen", "listen 2", "recognise", "vqa", "choose", "name", "name 2"), right + picked), caption=caption.item(), claim=claim.item())
         repic = self.repic("vlt", 0) + self.repic(("oct", "ict")[step % 2], step % 5)
         return answer + caption + claim + choice + chosen + match + repic, figures | self.figures
 

@@ -4,7 +4,8 @@
     python benchmarks/picture.py runs/x --out assets/game.png
 
 The photo that the speaker sees; what it said before training (LoRA off) and after; under each picture of the pool, how well the listener
-thinks either description fits it, and what that pays. All of it is read from the run's result.json.
+thinks either description fits it, and what that pays. What was said and believed is read from the run's
+result.json, the photos from where the run had them.
 """
 import argparse
 import json

@@ -47,8 +47,8 @@ def one_by_one(mllm, pairs, most):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(toy.FOLDER), help="checkpoint (default: the toy model)")
-    parser.add_argument("--photos", type=int, default=10, help="P (default 10)")
-    parser.add_argument("--concepts", type=int, default=20, help="C (default 20)")
+    parser.add_argument("--photos", type=int, default=10, help="P, photos (default 10)")
+    parser.add_argument("--concepts", type=int, default=20, help="C, concepts, each with a description (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="each way is timed so often, in turn; the median counts (default 3)")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer, in tokens (default 32)")
     args = parser.parse_args()

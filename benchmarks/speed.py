@@ -1,7 +1,7 @@
 """speed.py: one training step, ours and the usual way, timed phase by phase in one run, on the same games, tokens and loss.
 
     python benchmarks/speed.py                                   # the toy model on this machine
-    python benchmarks/speed.py --model DIR --tokens 256 --games 16 --max-tokens 96      # a real one, on a GPU: 256 image tokens a picture
+    python benchmarks/speed.py --model DIR --image-tokens 256 --games 16 --max-tokens 96      # a real one, on a GPU: 256 image tokens a picture
     python benchmarks/speed.py --grow growth.svg --json speed.json     # how cost grows with G, K, picture size and games a step
 
 Ours: each picture is encoded once; each prompt is read once and continued by its G answers, in sampling, reference and policy, and by every
@@ -306,9 +306,9 @@ def grow(mllm, args, base):
     """How our step grows with one setting at a time -> rows [(setting, value, seconds a step, milliseconds an answer, peak GiB)]."""
     rows = []
     print("\n| | | step, s | an answer, ms | peak, GiB |\n|---|---|---|---|---|")
-    for name, values in (("samples", (2, 4, 8, 16, 32)), ("k", (2, 3, 5, 9)), ("tokens", (64, 256, 1024) if args.tokens >= 64 else (16, 64, 144)), ("games", (4, 8, 16, 32))):
+    for name, values in (("samples", (2, 4, 8, 16, 32)), ("k", (2, 3, 5, 9)), ("tokens", (64, 256, 1024) if args.image_tokens >= 64 else (16, 64, 144)), ("games", (4, 8, 16, 32))):
         for value in values:
-            some = dict(games=args.games, k=args.k, tokens=args.tokens, samples=args.samples) | {name: value}
+            some = dict(games=args.games, k=args.k, tokens=args.image_tokens, samples=args.samples) | {name: value}
             config = rrg.dataclasses.replace(base, samples=some["samples"], k=some["k"], games=some["games"])
             mllm.seen.clear()
             seconds, peak = measure(mllm, {"ours": Ours(mllm, make_games(mllm, some["games"], some["k"], some["tokens"]), config)}, 1)
@@ -336,10 +336,10 @@ def plot(rows, file):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(toy.FOLDER), help="checkpoint (default: the toy model)")
-    parser.add_argument("--games", type=int, default=12, help="B (default 12)")
-    parser.add_argument("--samples", type=int, default=8, help="G (default 8)")
-    parser.add_argument("--k", type=int, default=3, help="K (default 3)")
-    parser.add_argument("--tokens", type=int, default=16, help="image tokens of a picture (default 16, the toy model's)")
+    parser.add_argument("--games", type=int, default=12, help="B, games a step (default 12)")
+    parser.add_argument("--samples", type=int, default=8, help="G, answers a game (default 8)")
+    parser.add_argument("--k", type=int, default=3, help="K, pictures in a pool (default 3)")
+    parser.add_argument("--image-tokens", type=int, default=16, help="image tokens of a picture (default 16, the toy model's)")
     parser.add_argument("--max-tokens", type=int, default=40, help="tokens of every answer (default 40)")
     parser.add_argument("--micro", type=int, default=4, help="games that go through a pass with gradient at once, in both ways (default 4)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default 16)")
@@ -354,8 +354,8 @@ if __name__ == "__main__":
     for layer in grpo.lora_layers(mllm.model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.01)
     config = rrg.Config(games=args.games, samples=args.samples, k=args.k, micro=args.micro, max_tokens=args.max_tokens)
-    games = make_games(mllm, args.games, args.k, args.tokens)
-    print(f"{args.model}, {rrg.machine(mllm.device)}: {args.games} games, G = {args.samples}, K = {args.k}, {args.tokens} image tokens, answers of {args.max_tokens} tokens\n")
+    games = make_games(mllm, args.games, args.k, args.image_tokens)
+    print(f"{args.model}, {rrg.machine(mllm.device)}: {args.games} games, G = {args.samples}, K = {args.k}, {args.image_tokens} image tokens, answers of {args.max_tokens} tokens\n")
     ways = {"ours": Ours(mllm, games, config)}
     ways["usual"] = Usual(mllm, games, config)
     ways["usual"].answers = ways["ours"].answers  # the same tokens

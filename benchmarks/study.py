@@ -1,6 +1,6 @@
 """study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the README's tables.
 
-    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 5 minutes on two CPU cores
+    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: 5 to 7 minutes on two CPU cores
     python benchmarks/study.py             # every row, seeds 0 to 4: hours; stop it whenever you like, it goes on where it was
     python benchmarks/study.py --tables    # run nothing: only the tables, claims and curves of what is in the CSV
 
@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
+import grpo  # noqa: E402
 import rrg  # noqa: E402
 
 ROWS = {
@@ -53,7 +54,7 @@ GAMES = ("identification", "oracle", "leakage", "coverage", "parsed")
 PARTS = ("seen", "unseen")
 CURVES = ("reward", "kl", "oracle")
 SUMMARY = {"caption F1": ("seen", "captioning_f1"), "unseen": ("unseen", "captioning_f1"), "recognition": ("seen", "recognition_weighted"),
-           "unseen ": ("unseen", "recognition_weighted"), "oracle": ("seen", "oracle"), "unseen  ": ("unseen", "oracle"), "leakage": ("seen", "leakage"),
+           "unseen ": ("unseen", "recognition_weighted"), "oracle": ("seen", "oracle"), "unseen  ": ("unseen", "oracle"), "early": ("seen", "early"), "leakage": ("seen", "leakage"),
            "2 names": ("seen", "names_2_right_f1"), "2 names, wrong": ("seen", "names_2_wrong_f1")}  # of the main README
 COLUMNS = {"caption F1": "captioning_f1", "recognition": "recognition_weighted", "VQA": "vqa", "leakage": "leakage", "oracle": "oracle",
            "1 name": "names_1_right_f1", "2 names": "names_2_right_f1", "2 names, retrieved": "names_2_retrieved_f1",
@@ -73,6 +74,13 @@ CLAIMS = [  # what is claimed, the row that should be higher, the other one, of 
     ("RRG leaks less than base", "base", "RRG", "leakage"),
     ("RRG leaks less than SFT", "SFT", "RRG", "leakage"),
     ("RRG leaks less than RePIC", "RePIC", "RRG", "leakage"),
+    ("the soft-gated reward learns faster than the binary one (early)", "RRG", "RRG, binary reward", "early"),
+    ("a hard positive leads to better games than an easy one", "RRG", "RRG, easy positive", "oracle"),
+    ("eight answers a game teach faster than four (early)", "RRG", "RRG, G = 4", "early"),
+    ("sixteen teach faster than eight (early)", "RRG, G = 16", "RRG", "early"),
+    ("a frozen listener teaches faster than one that is trained along (early)", "RRG", "RRG, listener trained along", "early"),
+    ("a frozen listener leads to better games", "RRG", "RRG, listener trained along", "oracle"),
+    ("RePIC names less without ICT", "RePIC", "RePIC without ICT", "names_1_right_f1"),
 ]
 
 
@@ -98,18 +106,21 @@ def figures(row, seed, steps, folder):
     table = evaluate.table(mllm, mllm, options, models)["rows"][models[0]]
     for part in PARTS:
         line |= {f"{part}_{name}": value for name, value in table[part].items() if name != "counts"}
-        line[f"{part}_oracle"] = oracle(mllm, line, part, seed)
-    return line
+    return line | oracle(mllm, models[0], line, seed)
 
 
-def oracle(mllm, line, part, seed):
+def oracle(mllm, speaker, line, seed):
     """Share of hard held-out games that the greedy descriptions win by the truth. Rows that play the game measured it; the others'
-    speakers are put to the same games."""
-    if f"{part}_oracle_after" in line:
-        return line[f"{part}_oracle_after"]
+    speakers, an adapter or "base", are put to the same games."""
+    if "seen_oracle_after" in line:
+        return {f"{part}_oracle": line[f"{part}_oracle_after"] for part in PARTS}
     config = rrg.settings(["--seed", str(seed)])[0]
-    games = dict(zip(PARTS, rrg.set_up(config, mllm)[1:]))[part]
-    return rrg.measure(mllm, games, config)[0]["oracle"]
+    games = rrg.set_up(config, mllm)[1:]
+    if speaker != "base":
+        evaluate.adapt(mllm, speaker)
+    found = {f"{part}_oracle": rrg.measure(mllm, some, config)[0]["oracle"] for part, some in zip(PARTS, games)}
+    grpo.remove_lora(mllm.model)
+    return found
 
 
 def read(file):
@@ -117,7 +128,10 @@ def read(file):
     if not file.exists():
         return {}
     with open(file, newline="") as lines:
-        return {(line["row"], int(line["seed"]), int(line["steps"])): line for line in csv.DictReader(lines)}
+        rows = {(line["row"], int(line["seed"]), int(line["steps"])): line for line in csv.DictReader(lines)}
+    for line in rows.values():  # how soon it learns: what the oracle accepts, in its own games, of the answers sampled in the first half
+        line["seen_early"] = str(statistics.mean(map(float, curve[:10]))) if (curve := line["oracle_curve"].split()) else ""
+    return rows
 
 
 def keep(file, line):
