@@ -305,6 +305,14 @@ def show(rows):
         print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
+def recall(file, concepts, photos):
+    """A database made elsewhere -> the [Entry] of each of `concepts`. Raises DataError where it does not describe one."""
+    entries = {entry.name: entry for entry in data.read_database(file, photos)}
+    if missing := [concept.name for concept in concepts if concept.name not in entries]:
+        raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
+    return [entries[concept.name] for concept in concepts]
+
+
 def table(mllm, embedder, options, models):
     """The row of each of `models`, adapters or "base", and of each database -> what --out holds."""
     root = data.fetch(options.data) if options.data else ""
@@ -317,12 +325,8 @@ def table(mllm, embedder, options, models):
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     mllm.check(tag(concept.name) for concept in concepts)
-    remembered, grounded = {}, {}  # row -> (entries, names of those described in another form than asked for), row -> part -> figures
-    for file in options.database:
-        entries = {entry.name: entry for entry in data.read_database(file, photos)}
-        if missing := [concept.name for concept in concepts if concept.name not in entries]:
-            raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
-        remembered[file] = [entries[concept.name] for concept in concepts], set()
+    grounded = {}  # row -> part -> figures; and row -> (entries, names of those described in another form than asked for):
+    remembered = {file: (recall(file, concepts, photos), set()) for file in options.database}
     used = {pathlib.Path(root, photo.name).resolve() for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
     for name in models:
         if name != "base":
@@ -522,6 +526,16 @@ def page(folder, photos, rows):
             f'{html.escape(result["device"])}</p><pre>{html.escape(record["command"])}</pre><nav>{links}</nav>{body}</main></html>\n')
 
 
+def of_run(folder):
+    """What a finished run says of the options of its table. Raises DataError where there is none."""
+    folder = pathlib.Path(folder)
+    if not (folder / "result.json").is_file():
+        raise data.DataError(f"{folder} holds no finished run; to finish one: python rrg.py --out {folder} --resume")
+    own = data.load_json(folder / "config.json")["settings"]
+    return argparse.Namespace(**{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")},
+                              adapter=[str(folder / "adapter")], out=str(folder / "table.json"))
+
+
 def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -549,18 +563,11 @@ def settings(argv=None):
              "(model, data and seed are the run's, the table goes to RUN/table.json too)")
     options = parser.parse_args(argv)
     if options.report:
-        if options.query:
-            parser.error("--report is about a run, --query about one picture: give one of them")
-        if options.report == "newest":
-            options.report = max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
-            parser.set_defaults(report=options.report)
-            argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--report"]
-        if not (run := pathlib.Path(options.report) / "result.json").is_file():
-            parser.error(f"{options.report} holds no finished run; to finish one: python rrg.py --out {options.report} --resume")
-        own = data.load_json(run.with_name("config.json"))["settings"]
-        parser.set_defaults(**{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")},
-                            adapter=[str(run.with_name("adapter"))], out=str(run.with_name("table.json")))
-        options = parser.parse_args(argv)
+        run = options.report if options.report != "newest" else max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
+        options = parser.parse_args(argv, of_run(run))
+        options.report = run
+    if options.report and options.query:
+        parser.error("--report is about a run, --query about one picture: give one of them")
     if options.photos and not options.query or options.query and not (options.photos or options.database):
         parser.error("--query and --photos go together (or --query and --database)")
     if options.query and len(options.adapter) + len(options.database) > 1:
