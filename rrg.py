@@ -648,6 +648,36 @@ def save(out, mllm, optimizer, config, **rest):
     grpo.write_atomically(out / "state.pt", lambda path: torch.save(state, path))
 
 
+def restore(out, mllm, optimizer):
+    """Put adapters and optimizer back as they were saved, cut the logs there -> {"step", "seconds", "before"} of the saved run."""
+    state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
+    for name, value in grpo.lora_state(mllm.model).items():
+        value.copy_(state["lora"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for log in ("metrics.csv", "samples.jsonl") if ranks()[0] == 0 else ():
+        cut(out / log, state["step"])
+    return {name: state[name] for name in ("step", "seconds", "before")}
+
+
+def open_run(out, mllm, config):
+    """Write down what this run is, and begin its logs."""
+    if ranks()[0]:
+        return
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device), settings=dataclasses.asdict(config))
+    grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
+    (out / "samples.jsonl").write_text("")
+
+
+def summary(rows, samples):
+    """The figures of a step's rows, `samples` a game, as METRICS defines them."""
+    groups = [rows[i:i + samples] for i in range(0, len(rows), samples)]
+    distinct = lambda key: [len({row[key] for row in group}) for group in groups]  # noqa: E731
+    return {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
+        zero_std_groups=distinct("reward").count(1) / len(groups), distinct=sum(distinct("text")) / len(rows))
+
+
 def train(config, resume):
     """The whole run: set up, measure, train, measure again, write result.json. Returns what result.json holds."""
     out, (rank, world) = pathlib.Path(config.out), ranks()
@@ -665,61 +695,44 @@ def train(config, resume):
     print(f"{config.model} on {mllm.device}: {sum(p.numel() for p in mllm.model.parameters()) / 1e6:.1f}M parameters, "
           f"{sum(p.numel() for p in parameters) / 1e6:.2f}M of them in adapters on {len(wrapped)} layers; run folder {out}")
     if resume:
-        state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
-        for name, value in grpo.lora_state(mllm.model).items():
-            value.copy_(state["lora"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds, before = state["step"], state["seconds"], state["before"]
-        for log in ("metrics.csv", "samples.jsonl") if rank == 0 else ():
-            cut(out / log, step)
+        state = restore(out, mllm, optimizer)
     else:
-        step, seconds, before = 0, 0.0, examine(mllm, seen, unseen, config)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-        record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device),
-                      settings=dataclasses.asdict(config))
-        if rank == 0:
-            grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-            (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
-            (out / "samples.jsonl").write_text("")
-        save(out, mllm, optimizer, config, step=step, seconds=seconds, before=before)
-    stopped = []
+        state = dict(step=0, seconds=0.0, before=examine(mllm, seen, unseen, config))
+        open_run(out, mllm, config)
+        save(out, mllm, optimizer, config, **state)
+    stopped = []  # Ctrl-C ends the step and saves; a second one ends at once
     signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
     keep = lambda name: out / name if rank == 0 else os.devnull  # noqa: E731
     with open(keep("metrics.csv"), "a", newline="") as metrics_file, open(keep("samples.jsonl"), "a") as samples_file:
-        table = csv.DictWriter(metrics_file, METRICS)
-        bar = tqdm(range(step, config.steps), initial=step, total=config.steps, desc="training", unit="step")
+        metrics = csv.DictWriter(metrics_file, METRICS)
+        bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="training", unit="step")
         for step in bar:
             started = time.time()
             # up to lr over the warm-up, then down to 0: lr min((s + 1) / warmup, (S - s) / (S - warmup)), s from 0 to S - 1
             lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            games = my_part(data.games_of_step(training, step, config.games, config.seed))
-            answers, ref_logps, advantages, rows = play(mllm, games, step, config)
-            log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)
+            games = my_part(data.games_of_step(training, step, config.games, config.seed))  # stage 1
+            answers, ref_logps, advantages, rows = play(mllm, games, step, config)  # stages 2 to 5
+            log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)  # stage 6
             rows = gather(rows)
-            groups = [rows[i:i + config.samples] for i in range(0, len(rows), config.samples)]
-            distinct = lambda key: [len({row[key] for row in group}) for group in groups]  # noqa: E731
-            log |= {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
-                step=step + 1, lr=lr, zero_std_groups=distinct("reward").count(1) / len(groups),
-                distinct=sum(distinct("text")) / len(rows), seconds=time.time() - started)
-            seconds += log["seconds"]
-            table.writerow({key: f"{value:.6g}" for key, value in log.items()})
-            game = games[0]  # one game a step goes to the log with all its texts
-            record = dict(step=step + 1, **game.record(), samples=rows[:config.samples])
-            samples_file.write(json.dumps(record) + "\n")
+            log |= summary(rows, config.samples) | dict(step=step + 1, lr=lr, seconds=time.time() - started)
+            state |= dict(step=step + 1, seconds=state["seconds"] + log["seconds"])
+            metrics.writerow({key: f"{value:.6g}" for key, value in log.items()})
+            samples_file.write(json.dumps(dict(step=step + 1, **games[0].record(), samples=rows[:config.samples])) + "\n")  # one game with all its texts
             metrics_file.flush(), samples_file.flush()
             bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "identification", "nll", "kl") if key in log})
             stop = any(gather([bool(stopped)]))
             if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                save(out, mllm, optimizer, config, step=step + 1, seconds=seconds, before=before)
+                save(out, mllm, optimizer, config, **state)
             if stop:
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    after = examine(mllm, seen, unseen, config)
-    result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps,
-                  seconds=round(seconds, 1), device=machine(mllm.device), examples={"before": before["examples"], "after": after["examples"]})
+    exams = {"before": state["before"], "after": examine(mllm, seen, unseen, config)}
+    result = {when: exam["figures"] for when, exam in exams.items()} | dict(
+        seed=config.seed, steps=config.steps, seconds=round(state["seconds"], 1), device=machine(mllm.device),
+        examples={when: exam["examples"] for when, exam in exams.items()})
     if rank == 0:
         grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     show(result, out)

@@ -250,7 +250,7 @@ def test_sft_is_cross_entropy(random_folder):
     loss = -sum(plain_logps(mllm, task.photos[0], ids[mask], *task.photos[1:], text=task.text).mean() for task, ids, mask in zip(tasks, answers.ids, answers.mask)) / 2
     loss.backward()
     plain = torch.cat([p.grad.flatten() for p in parameters])
-    assert torch.allclose(optimizer.kept / optimizer.kept.norm(), plain / plain.norm(), atol=1e-4) and log["kl"] == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(optimizer.kept / optimizer.kept.norm(), plain / plain.norm(), atol=1e-4) and log["kl"] > 0.01  # against LoRA off; its weight is 0
 
 
 def game_of(concepts):
