@@ -3,6 +3,7 @@ import ast
 import functools
 import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -84,9 +85,15 @@ def test_the_other_pages_commands_run(command, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["rrg.py", "evaluate.py", "toy.py", *(f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py")))])
-def test_help_teaches(script):
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "python " + script in done.stdout
+def test_help_teaches(script, monkeypatch, capsys):
+    """It shows the commands, and says of every option what it is."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "python " + script in said
+    assert not re.findall(r"^  --\S+(?: [A-Z]+)?\n(?! {20})", said, re.M), "an option without a word of help"
 
 
 # ------------------------------------------------------------------------------------------------------------ tables, files

@@ -335,7 +335,7 @@ def test_ctrl_c_saves_first(whole_run, tmp_path):
     assert rows(out) == rows(whole_run[0]) and same_adapter(out, whole_run[0])
 
 
-@pytest.mark.parametrize("method", ["repic", "sft"])
+@pytest.mark.parametrize("method", ["repic", pytest.param("sft", marks=pytest.mark.slow)])
 def test_other_methods_run_and_resume_alike(method, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
     options = ["--method", method, "--steps", "4", "--games", "4", "--eval-games", "2", "--save-every", "2", "--mix", "1,1,1,1"]

@@ -178,11 +178,11 @@ def test_the_checkpoint_is_small_and_ordinary():
 
 def test_toy_rebuilds_from_nothing(tmp_path):
     """The whole recipe at a thousandth of its length: it runs, the game's own code loads what it writes, and the tower can be kept."""
-    toy.build(tmp_path, pictures=64, vision_steps=2, language_steps=12)
+    toy.build(tmp_path, pictures=64, vision_steps=2, language_steps=4)
     first = rrg.MLLM(str(tmp_path), 4096)
     assert set(toy.report_card(first, photos=8)) == {"well formed", "accepts a true description", *toy.ATTRIBUTES}
     assert (tmp_path / "model.safetensors").stat().st_size < 10e6
-    toy.build(tmp_path, pictures=64, vision_steps=0, language_steps=12)
+    toy.build(tmp_path, pictures=64, vision_steps=0, language_steps=1)
     second = rrg.MLLM(str(tmp_path), 4096)
     tower = lambda mllm: mllm.model.model.visual.state_dict()  # noqa: E731
     assert all(torch.equal(value, tower(second)[name]) for name, value in tower(first).items())
