@@ -539,7 +539,7 @@ def of_run(folder):
 def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(toy.FOLDER), help="checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
     add("--adapter", action="append", default=[], metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
     add("--data", default="", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
     add("--database", action="append", default=[], metavar="FILE",

@@ -349,8 +349,8 @@ class Config:
     samples: int = flag(8, "G, descriptions sampled for each target")
     k: int = flag(3, "K, pictures in a pool: one hard positive and K - 1 hard negatives")
     embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower")
-    negatives: str = flag("hard", "which distractors", choices=("hard", "random"))
-    positive: str = flag("hard", "which other view of the target's concept: the least or the most similar one", choices=("hard", "easy"))
+    negatives: str = flag("hard", "which negatives: look-alikes, or any photos of other things", choices=("hard", "random"))
+    positive: str = flag("hard", "which other view of the target's concept is in the pool: the least or the most similar one", choices=("hard", "easy"))
     reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
     listener: str = flag("frozen", "who listens: the model with LoRA off, or as it is trained", choices=("frozen", "trained"))
     listener_weight: float = flag(1.0, "weight of the listener's reward (0 to 1)")
@@ -387,9 +387,9 @@ def settings(argv=None):
     for option in dataclasses.fields(Config):
         note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
         note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out", "embedder") else ""
-        choices, folder = option.metadata.get("choices"), option.name in ("model", "data", "out")
+        choices, kind = option.metadata.get("choices"), {"model": "DIR", "data": "DIR", "out": "DIR", "embedder": "CLIP"}
         parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
-                            metavar=None if choices else "DIR" if folder else option.type.__name__.upper(), help=option.metadata["help"] + note)
+                            metavar=None if choices else kind.get(option.name, option.type.__name__.upper()), help=option.metadata["help"] + note)
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))

@@ -64,6 +64,12 @@ def test_its_commands_run_one_after_the_other(newcomer, capsys, tmp_path):
     assert len(list(tmp_path.glob("runs/*/report.html"))) == 1
 
 
+@pytest.mark.parametrize("command", re.findall(r"`(python rrg\.py[^`]+)`", TEXT.split("## Exercises")[1].split("\n## ")[0]))
+def test_its_exercises_run(newcomer, command):
+    result = execute(command, newcomer)
+    assert result["after"]["oracle"] is not None
+
+
 def test_the_real_models_defaults_are_the_papers():
     for command in COMMANDS["README.md"]:
         if command.startswith("python rrg.py --model Qwen"):
