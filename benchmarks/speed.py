@@ -273,17 +273,18 @@ def floor(mllm, step):
     flops = 2 * size ** 3 / min(timed(mllm, lambda: a @ a)[1] for _ in range(5))
     big = torch.empty(2 ** 26, device=mllm.device)
     bandwidth = 2 * big.numel() * 4 / min(timed(mllm, big.clone)[1] for _ in range(5))
-    weights = sum(p.numel() for p in mllm.decoder.parameters()) + mllm.model.lm_head.weight.numel()
+    head = mllm.model.lm_head.weight.numel()  # which only tokens that are sampled or judged need; looking up an embedding costs nothing
+    layers = sum(p.numel() for p in mllm.decoder.parameters()) - mllm.decoder.embed_tokens.weight.numel()
     tower = sum(p.numel() for p in mllm.model.model.visual.parameters())
     image = len(mllm.look(step.photos[:1])[0][0])
     rows, distinct = len(step.answers.ids), len(set(step.pairs))
     prompt, listened = image + len(mllm.encode(reward.SPEAK)), len({photo for photo, _ in step.pairs})
     tail = len(mllm.encode(reward.quoted(step.pairs[0][1]) + reward.LISTEN[1]))
-    read = 2 * weights * len(step.games) * prompt  # FLOPs of reading the prompts once
-    write = 2 * weights * rows * config.max_tokens
+    read = 2 * layers * len(step.games) * prompt  # FLOPs of reading the prompts once
+    write = 2 * (layers + head) * rows * config.max_tokens
     return {"encode": 2 * tower * 4 * image * len(step.photos) / flops,
-            "rollout": max((read + write) / flops, config.max_tokens * weights * a.element_size() / bandwidth),
-            "listen": 2 * weights * (listened * (image + len(mllm.encode(reward.LISTEN[0]))) + distinct * tail) / flops,
+            "rollout": max((read + write) / flops, config.max_tokens * (layers + head) * a.element_size() / bandwidth),
+            "listen": 2 * (layers * (listened * (image + len(mllm.encode(reward.LISTEN[0]))) + distinct * tail) + head * distinct) / flops,
             "reference": (read + write) / flops, "update": 2 * (read + write) / flops}
 
 
@@ -311,7 +312,7 @@ def grow(mllm, args, base):
             some = dict(games=args.games, k=args.k, tokens=args.image_tokens, samples=args.samples) | {name: value}
             config = rrg.dataclasses.replace(base, samples=some["samples"], k=some["k"], games=some["games"])
             mllm.seen.clear()
-            seconds, peak = measure(mllm, {"ours": Ours(mllm, make_games(mllm, some["games"], some["k"], some["tokens"]), config)}, 1)
+            seconds, peak = measure(mllm, {"ours": Ours(mllm, make_games(mllm, some["games"], some["k"], some["tokens"]), config)}, args.rounds)
             step = sum(seconds["ours"].values())
             rows.append((name, value, step, 1000 * step / (some["games"] * some["samples"]), peak["ours"]))
             print(f"| {name} | {value} | {step:.2f} | {rows[-1][3]:.1f} | {'-' if peak['ours'] is None else format(peak['ours'], '.1f')} |", flush=True)
