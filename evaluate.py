@@ -350,9 +350,9 @@ def table(mllm, embedder, options, models):
                 row[part] |= grounded.get(name, {}).get(part, {})
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
-            save(options.out, result)
+            grpo.write_json(options.out, result)
             file, row = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
-            save(file.with_name(f"{file.stem}-{row}-database.json"), data.database(entries, root))  # the descriptions lie beside the table
+            grpo.write_json(file.with_name(f"{file.stem}-{row}-database.json"), data.database(entries, root))  # the descriptions lie beside the table
     return result
 
 
@@ -371,10 +371,6 @@ def mind(adapter, options):
     if run and (run["seed"], pathlib.Path(run["data"])) != (options.seed, pathlib.Path(options.data)):
         print(f"note: {adapter} was trained with --seed {run['seed']} --data {run['data'] or '(the toy world)'}, so it may have met concepts "
               "that this table holds out")
-
-
-def save(file, content):
-    grpo.write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1)))
 
 
 # ------------------------------------------------------------------------------------------------------- ask about one picture
@@ -397,7 +393,7 @@ def ask(mllm, embedder, options):
         if malformed:
             print(f"{len(malformed)} descriptions are not in the form that was asked for")
     if options.out:
-        save(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
+        grpo.write_json(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
     elif not options.database:
         print("(to ask again without describing your things anew: add --out things.json now, then give --database things.json for --photos)")
     mllm.check(tag(entry.name) for entry in entries)

@@ -209,6 +209,11 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, content):
+    """`content` as JSON, whole or not at all."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
+
+
 def lora_state(model):
     """{"<layer>.lora_A.weight": tensor, ...}: all that training changes."""
     return {f"{name}.{part}.weight": getattr(layer, part).weight.detach()
@@ -228,7 +233,7 @@ def save_adapter(model, folder, base=""):
                   fan_in_fan_out=False, init_lora_weights=True, use_rslora=False, use_dora=False, modules_to_save=None,
                   rank_pattern={}, alpha_pattern={})
     write_atomically(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+    write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(model, folder):

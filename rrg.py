@@ -665,7 +665,7 @@ def open_run(out, mllm, config):
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device), settings=dataclasses.asdict(config))
-    grpo.write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    grpo.write_json(out / "config.json", record)
     (out / "metrics.csv").write_text(",".join(METRICS) + "\n")
     (out / "samples.jsonl").write_text("")
 
@@ -734,7 +734,7 @@ def train(config, resume):
         seed=config.seed, steps=config.steps, seconds=round(state["seconds"], 1), device=machine(mllm.device),
         examples={when: exam["examples"] for when, exam in exams.items()})
     if rank == 0:
-        grpo.write_atomically(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        grpo.write_json(out / "result.json", result)
     show(result, out)
     usual = Config(**TOY) if toy.is_toy(config.model) else Config
     same = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in ("model", "data", "seed", "embedder", "max_pixels")

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import pathlib
 import statistics
@@ -374,5 +373,4 @@ if __name__ == "__main__":
         print("\nTRL's GRPOTrainer, s: " + ", ".join(f"{phase} {value:.3f}" for phase, value in trl_seconds.items())
               + f"; {kept['ratio']['step_trl']:.1f} times ours" + (f"; peak memory {trl_peak:.1f} GiB" if trl_peak else ""))
     if args.json:
-        grpo.write_atomically(args.json, lambda path: path.write_text(json.dumps(kept | {"device": rrg.machine(mllm.device), "arguments": {
-            name: str(value) for name, value in vars(args).items()}}, indent=1)))
+        grpo.write_json(args.json, kept | {"device": rrg.machine(mllm.device), "arguments": {name: str(value) for name, value in vars(args).items()}})
