@@ -3,7 +3,7 @@
     python benchmarks/ideas.py --rounds 5
 
 A line an idea: the part of a step that it touches, its time with and without, medians over the rounds, and whether it was kept. An idea that
-brings less than a tenth and costs clarity or memory is dropped. The games are those of speed.py, with the toy model; ideas about a large
+makes a whole step less than a tenth faster, and costs clarity or memory, is dropped. The games are those of speed.py, with the toy model; ideas about a large
 vocabulary are measured at Qwen2-VL's (152k words). Drawing pictures is not timed.
 """
 import argparse

@@ -1,6 +1,6 @@
 """study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the README's tables.
 
-    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: 5 to 7 minutes on two CPU cores
+    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 5 minutes on two CPU cores
     python benchmarks/study.py             # every row, seeds 0 to 4: hours; stop it whenever you like, it goes on where it was
     python benchmarks/study.py --tables    # run nothing: only the tables, claims and curves of what is in the CSV
 
