@@ -14,7 +14,7 @@ Layouts that `load_concepts` reads, told apart by where the pictures lie:
     <root>/<number>/*.jpg with *.npy                  ObjectsWithStateChange, whose array gives each number's category
 
 and beside them, for evaluate.py: RAP's databases of descriptions (`read_database`), Yo'LLaVA's questions (`load_questions`), RAP's list of
-recognition pairs (`load_pairs`).
+recognition pairs (`load_pairs`), and photos of several named things at once (`load_queries`: RAP's <A>_and_<B>/ folders, RePIC's JSON).
 
 Where it departs from the paper and its authors' research code:
 1. Everything random is seeded by text, never by Python's hash(): the same seed makes the same games on every machine.
@@ -322,6 +322,23 @@ def load_pairs(root, concepts):
     return pairs
 
 
+@published("the list of pictures of several things")
+def load_queries(path):
+    """Photos that show several things, with their names: RePIC's {path: [names]} or {path: [[names], ...]} JSON, or RAP's folders
+    <A>_and_<B>/ -> [(Photo, [names])]. Raises DataError where a picture that the JSON names cannot be found."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        pictures = sorted((file for file in path.rglob("*_and_*/*") if file.suffix.lower() in PICTURES), key=natural)
+        return [(Photo(str(file.relative_to(path)), partial(read_photo, file)), file.parent.name.split("_and_")) for file in pictures]
+    queries = []
+    for image, names in load_json(path).items():
+        if not (file := find_file(image, *[path.parent, *path.parent.parents][:3])):
+            raise DataError(f"{path} names the picture {image}, which is not there")
+        for group in names if names and isinstance(names[0], list) else [names]:
+            queries.append((Photo(image, partial(read_photo, file)), [name.strip("<>") for name in group]))
+    return queries
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is remembered of a concept: its name, category, description, and the photos the description was written from."""
@@ -359,8 +376,6 @@ def read_database(path, photos=()):
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
         entries.append(Entry(tag.strip("<>"), category or "object", prose(item.get("info")),
                              [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]))
-        if not files:
-            raise DataError(f"{path} has no picture of {tag}, so photos cannot be compared with it")
     return entries
 
 

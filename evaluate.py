@@ -183,6 +183,8 @@ def leakage(mllm, entries, most):
 # -------------------------------------------------------------------------------------------------------------- the three tasks
 def similarity(embedder, photos, entries):
     """-> image and text similarity [P, C] of photos and entries. Several reference photos count by the mean of their vectors."""
+    if bare := [entry.name for entry in entries if not entry.photos]:
+        raise data.DataError(f"the database has no picture of {bare[0]}, so photos cannot be compared with it")
     vectors = embedder.embed([*photos, *(photo for entry in entries for photo in entry.photos)])
     memory = torch.stack([torch.stack([vectors[photo.name] for photo in entry.photos]).mean(0) for entry in entries])  # [C, D]
     return torch.stack([vectors[photo.name] for photo in photos]) @ memory.T, embedder.compare(photos, [entry.text for entry in entries])
@@ -505,7 +507,7 @@ def page(folder, photos, rows):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     curves = {name: [(int(row["step"]), float(row[name])) for row in log if row[name]] for name in CURVES}
     parts = {
-        "Results": grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.table(result)])
+        "Results": grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)])
                    + "".join(grid(*some) for some in tables(rows)),
         "Curves": "<p>Each step faint, the mean of the last tenth of the steps bold.</p>"
                   f'<div class="curves">{"".join(chart(name, points, len(log)) for name, points in curves.items() if points)}</div>',

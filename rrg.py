@@ -749,7 +749,7 @@ def machine(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def table(result):
+def held_out(result):
     """The lines of the table of held-out games: (name, before, after, and both of unseen categories), without what only a toy knows."""
     columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
     tell = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
@@ -759,7 +759,7 @@ def table(result):
 def show(result, out):
     """Print before and after side by side, and three held-out games."""
     print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
-    for name, *cells in table(result):
+    for name, *cells in held_out(result):
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for rows in list(zip(*result["examples"].values()))[:3]:
         game = rows[0]

@@ -53,9 +53,9 @@ MAIN = ("base", "SFT", "RePIC", "RRG")
 GAMES = ("identification", "oracle", "leakage", "coverage", "parsed")
 PARTS = ("seen", "unseen")
 CURVES = ("reward", "kl", "oracle")
-SUMMARY = {"caption F1": ("seen", "captioning_f1"), "unseen": ("unseen", "captioning_f1"), "recognition": ("seen", "recognition_weighted"),
-           "unseen ": ("unseen", "recognition_weighted"), "oracle": ("seen", "oracle"), "unseen  ": ("unseen", "oracle"), "early": ("seen", "early"), "leakage": ("seen", "leakage"),
-           "2 names": ("seen", "names_2_right_f1"), "2 names, wrong": ("seen", "names_2_wrong_f1")}  # of the main README
+SUMMARY = [("caption F1", "seen", "captioning_f1"), ("unseen", "unseen", "captioning_f1"), ("recognition", "seen", "recognition_weighted"),
+           ("unseen", "unseen", "recognition_weighted"), ("oracle", "seen", "oracle"), ("unseen", "unseen", "oracle"), ("early", "seen", "early"),
+           ("leakage", "seen", "leakage"), ("2 names", "seen", "names_2_right_f1"), ("2 names, wrong", "seen", "names_2_wrong_f1")]  # of the main README
 COLUMNS = {"caption F1": "captioning_f1", "recognition": "recognition_weighted", "VQA": "vqa", "leakage": "leakage", "oracle": "oracle",
            "1 name": "names_1_right_f1", "2 names": "names_2_right_f1", "2 names, retrieved": "names_2_retrieved_f1",
            "2 names, wrong": "names_2_wrong_f1", "4 names": "names_4_right_f1"}
@@ -173,7 +173,8 @@ def report(lines, steps):
         a, b = values(high, key), values(low, key)
         return [a[seed] - b[seed] for seed in a if seed in b]
 
-    show("%", SUMMARY, {row: [spread([100 * value for value in values(row, f"{part}_{key}").values()], "{:.1f}") for part, key in SUMMARY.values()] for row in runs})
+    percent = lambda row, key: spread([100 * value for value in values(row, key).values()], "{:.1f}")  # noqa: E731
+    show("%", [title for title, _, _ in SUMMARY], {row: [percent(row, f"{part}_{key}") for _, part, key in SUMMARY] for row in runs})
     for row, names in (("RRG", GAMES), ("RePIC", rrg.KINDS)):
         show(f"{row}, held out", ["before", "after", "before, unseen categories", "after, unseen categories"],
              {name: [means(row, f"{part}_{name}_{when}") for part in PARTS for when in ("before", "after")] for name in names})

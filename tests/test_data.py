@@ -331,9 +331,24 @@ def test_rap_recognition_is_filtered_by_the_correct_answer(tmp_path):
     assert {(photo.name, name): label for (photo, name), label in pairs.items()} == {("test/bo/4.png", "bo"): True, ("test/bo/4.png", "mam"): False}
 
 
-def test_repic_layout(tmp_path):
-    root = make(tmp_path, ["data/myvlm_data/bull/bull_1.jpg", "data/myvlm_data/bull/bull_2.jpg"])
+def test_pictures_of_two_things(tmp_path):
+    make(tmp_path, [f"query-image-2-concepts/Bull_dog_and_Baby_Q/Bull_dog_and_Baby_Q_{i}.jpg" for i in (10, 9)])
+    queries = data.load_queries(tmp_path / "query-image-2-concepts")
+    assert [(photo.name.split("_")[-1], names) for photo, names in queries] == [("9.jpg", ["Bull_dog", "Baby_Q"]), ("10.jpg", ["Bull_dog", "Baby_Q"])]
+    assert queries[0][0].open().size == (12, 8)
+
+
+def test_repic_layout_and_queries(tmp_path):
+    root = make(tmp_path, ["data/myvlm_data/bull/bull_1.jpg", "data/myvlm_data/bull/bull_2.jpg", "data/group photo_1.jpg"])
     assert shape(data.load_concepts(root / "data/myvlm_data")) == {("object", "bull"): ["bull/bull_1.jpg", "bull/bull_2.jpg"]}
+    (root / "data/query_tot").mkdir()
+    file = root / "data/query_tot/myvlm_query_templates.json"
+    file.write_text(json.dumps({"./data/myvlm_data/bull/bull_1.jpg": ["<bull>"], "data/group photo_1.jpg": [["a", "b c"], ["<d>", "e"]]}))
+    queries = data.load_queries(file)
+    assert [names for _, names in queries] == [["bull"], ["a", "b c"], ["d", "e"]] and queries[2][0].open().size == (12, 8)
+    file.write_text('{"gone.jpg": ["a"]}')
+    with pytest.raises(data.DataError, match="gone.jpg, which is not there"):
+        data.load_queries(file)
 
 
 def test_databases_of_every_shape(tmp_path):

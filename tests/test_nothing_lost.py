@@ -177,9 +177,10 @@ DATABASE = {"concept_dict": {"<bo>": {"name": "bo", "image": "bo/1.png", "info":
 @pytest.mark.parametrize("name, content, read", [
     ("database.json", DATABASE, lambda root, concepts: data.read_database(root)),
     ("yollava-visual-qa.json", {"bo": {"x/bo/1.png": ITEM}, "mam": {"x/mam/2.png": ITEM}}, lambda root, concepts: data.load_questions(root, concepts, lambda _: None)),
-    ("recognition_test.json", [dict(image="x/bo/1.png", concept="<bo>", correct_answer=True)], data.load_pairs)])
+    ("recognition_test.json", [dict(image="x/bo/1.png", concept="<bo>", correct_answer=True)], data.load_pairs),
+    ("queries.json", {"bo/1.png": ["<bo>", "<mam>"], "mam/1.png": [["<bo>"], ["<mam>"]]}, lambda root, concepts: data.load_queries(root / "queries.json"))])
 def test_json_spoiled_in_any_way_is_read_or_refused(tmp_path, name, content, read):
-    """3 x 60 files, each with one to three things wrong."""
+    """4 x 60 files, each with one to three things wrong."""
     for thing, picture in zip(("bo/1", "bo/2", "mam/1", "mam/2"), GOOD.values()):
         (tmp_path / thing).parent.mkdir(exist_ok=True)
         (tmp_path / f"{thing}.png").write_bytes(picture)
