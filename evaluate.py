@@ -416,11 +416,11 @@ def ask(mllm, embedder, options):
 # ---------------------------------------------------------------------------------------------------------- a run as a page
 CURVES = ("reward", "identification", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
 STYLE = """:root{color-scheme:light dark;--line:#8886;--bad:#c0392b;--good:#1a7f37}@media(prefers-color-scheme:dark){:root{--bad:#ff8a7a;--good:#57d17b}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
 .row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem}.curves figure{margin:0}
 figure img{width:100%;border-radius:.4rem}article{border-top:1px solid var(--line);padding:1rem 0}.scroll{overflow-x:auto}h3{font-size:1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child{text-align:left;font-weight:normal}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child{text-align:left;font-weight:normal;min-width:7rem;overflow-wrap:anywhere}
 .bar{display:block;height:.6rem;background:var(--line);border-radius:.3rem;overflow:hidden}.bar i{display:block;height:100%;background:currentColor}
 .before{color:var(--bad)}.after{color:var(--good)}svg{width:100%}mark{text-decoration:underline wavy}pre{white-space:pre-wrap}"""
 

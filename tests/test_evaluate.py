@@ -381,11 +381,13 @@ class Reader(html.parser.HTMLParser):
 @pytest.fixture(scope="module", params=["rrg", "repic", "sft"])
 def page(request, tmp_path_factory):
     """The page of a short run of each method, made by the command itself."""
-    out = tmp_path_factory.mktemp("page") / "a run"
+    out = tmp_path_factory.mktemp("page") / f"a run {'of_a_long_name' * 8}"  # which is in the command that the page shows
     small = ["--steps", "2", "--games", "2", "--eval-games", "7", *([] if request.param == "sft" else ["--samples", "3"])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
-        rrg.train(*rrg.settings(["--method", request.param, "--out", str(out), *small]))
+        arguments = ["--method", request.param, "--out", str(out), *small]
+        patch.setattr("sys.argv", ["rrg.py", *arguments])
+        rrg.train(*rrg.settings(arguments))
         evaluate.main(evaluate.settings(["--report", str(out), "--max-tokens", "8"]))
     return request.param, out / "report.html"
 
