@@ -122,6 +122,11 @@ def read_photo(path):
             return image.convert("RGB")
 
 
+def fingerprint(picture):
+    """A hash of size and pixels: what copies of a picture share, wherever they lie and however they are compressed without loss."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+
+
 def paste(photos, boxes, size):
     canvas = Image.new("RGB", (size, size), (128, 128, 128))
     for photo, (x1, y1, x2, y2) in zip(photos, boxes):
@@ -204,17 +209,16 @@ def load_concepts(root, log=print, least=2):
             continue
         folders, part = place(path, root, loose=least == 1)
         try:
-            read_photo(path)
+            look = (*folders, part, fingerprint(read_photo(path)))
         except DataError:
             raise
         except UNREADABLE as error:
             broken.append(f"{path.relative_to(root)} ({error})")
             continue
-        same = (*folders, part, hashlib.sha256(path.read_bytes()).digest())
-        if same in met:
+        if look in met:
             copies.append(path.relative_to(root))
             continue
-        met.add(same)
+        met.add(look)
         category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
         found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path), part=part))
     lonely = [name for (_, name), photos in found.items() if len(photos) < least]
@@ -515,10 +519,6 @@ def make_tasks(concepts, shares, count, prompts, phrase, side, seed):
 
 def games_of_step(games, step, size, seed):
     """The `size` games of training step `step` (from 0): a fresh shuffle every pass, and no state to save. -> [Game] * size"""
-    order, picked = {}, []
-    for place in range(step * size, (step + 1) * size):
-        epoch, i = divmod(place, len(games))
-        if epoch not in order:
-            order[epoch] = random.Random(f"epoch {seed} {epoch}").sample(range(len(games)), len(games))
-        picked.append(games[order[epoch][i]])
-    return picked
+    places = [divmod(place, len(games)) for place in range(step * size, (step + 1) * size)]  # (pass, place in its order); passes may change within a step
+    order = {epoch: random.Random(f"epoch {seed} {epoch}").sample(games, len(games)) for epoch in {epoch for epoch, _ in places}}
+    return [order[epoch][i] for epoch, i in places]

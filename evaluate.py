@@ -329,7 +329,8 @@ def table(mllm, embedder, options, models):
     mllm.check(tag(concept.name) for concept in concepts)
     grounded = {}  # row -> part -> figures; and row -> (entries, names of those described in another form than asked for):
     remembered = {file: (recall(file, concepts, photos), set()) for file in options.database}
-    used = {pathlib.Path(root, photo.name).resolve() for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
+    used = {data.fingerprint(photo.open()) for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
+    fresh = {photo for _, tests in split.values() for photo in tests if not used or data.fingerprint(photo.open()) not in used}
     for name in models:
         if name != "base":
             adapt(mllm, name)
@@ -343,8 +344,8 @@ def table(mllm, embedder, options, models):
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
         for part, (known, tested) in held.items():
-            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1]
-                     if pathlib.Path(root, photo.name).resolve() not in used]  # what a database was written from is no test
+            # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
+            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1] if photo in fresh]
             if tests:
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
                 questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)

@@ -242,20 +242,24 @@ def test_grounding_is_a_second_table(random_folder, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("| 1 name, right |") == 2
 
 
-def test_what_a_database_was_written_from_is_no_test(random_folder, tmp_path, monkeypatch):
-    """Photos that a database of descriptions names are left out of the tests, whichever of them this table's own references are."""
+@pytest.mark.parametrize("where", ["p", "copies"])
+def test_what_a_database_was_written_from_is_no_test(where, random_folder, tmp_path, monkeypatch):
+    """Photos that a database of descriptions names are left out of the tests, whichever of them this table's own references are; so are
+    copies, which a database often keeps of its own."""
     for concept in small_world(concepts=2, views=3)[:6]:
         for number, photo in enumerate(concept.photos):
             (tmp_path / "p" / concept.name).mkdir(parents=True, exist_ok=True)
             photo.open().save(tmp_path / "p" / concept.name / f"{number}.png")
     names = sorted(folder.name for folder in (tmp_path / "p").iterdir())
     entries = {f"<{name}>": {"name": name, "image": [f"elsewhere/p/{name}/{number}.png" for number in (0, 1)], "info": "red mug"} for name in names}
-    (tmp_path / "p/database.json").write_text(json.dumps({"concept_dict": entries}))
+    shutil.copytree(tmp_path / "p", tmp_path / "copies/p")
+    folder = tmp_path / where
+    (folder / "database.json").write_text(json.dumps({"concept_dict": entries}))
     asked = []
     monkeypatch.setattr(evaluate, "examine", lambda mllm, embedder, entries, tests, *rest: (asked.extend(tests), {"counts": {}})[1])
     mllm = rrg.MLLM(str(random_folder), 4096)
     options = evaluate.settings(["--model", str(random_folder), "--data", str(tmp_path / "p"), "--all", "--max-tokens", "4",
-                                 "--database", str(tmp_path / "p/database.json")])
+                                 "--database", str(folder / "database.json")])
     monkeypatch.setattr(mllm, "check", lambda texts: None)  # the toy's tokenizer does not know these names
     evaluate.table(mllm, mllm, options, ["base"])
     assert asked and {pathlib.Path(photo.name).name for photo, _ in asked} == {"2.png"}
