@@ -1,11 +1,11 @@
 """data.py: from folders of photos to games.
 
-A *concept* is one physical thing (this mug, not mugs) with several photos. A *game* shows one of its photos, the target, to the speaker
+A *concept*, or thing, is one physical object (this mug, not mugs) with several photos. A *game* shows one of its photos, the target, to the speaker
 and a pool of K candidates to the listener: one hard positive, the view of the same thing that looks least like the target, and K - 1
-hard negatives, the most similar photos of the most similar other things. Because the positive shares nothing with the target but the
-thing itself, a claim about the background or the pose fails on it; because the negatives look alike, a vague description fits them too.
+hard negatives, the most similar photos of the most similar other things. Because the positive has nothing in common with the target but
+the thing itself, a claim about background or pose fails on it; because the negatives look alike, a vague description fits them too.
 
-Layouts that `load_concepts` reads, told apart by where the pictures lie:
+Layouts that `load_concepts` reads, told apart by the folders that the pictures lie in:
 
     <root>/<concept>/*.jpg                            a folder of named things, MyVLM, RePIC's copies of the benchmarks
     <root>/<category>/<concept>/*.jpg
@@ -17,12 +17,14 @@ and beside them, for evaluate.py: RAP's databases of descriptions (`read_databas
 recognition pairs (`load_pairs`), and photos of several named things at once (`load_queries`: RAP's <A>_and_<B>/ folders, RePIC's JSON).
 
 Where it departs from the paper and its authors' research code:
-1. Everything random is seeded by text, never by Python's hash(): the same seed makes the same games on every machine.
-2. Where a category is too small for K - 1 negatives, other categories fill up, and the number of such games is reported.
-3. Concepts are split, not photos: some concepts, and where there are four categories or more some whole categories, are never trained on.
+1. Each random draw has a generator of its own, seeded by a text such as "game 0 mug/1.jpg" and never by Python's hash(): the same seed makes
+   the same games on every machine, and a photo more or less changes no other draw.
+2. If a category has too few concepts for K - 1 negatives, the pool is filled up from other categories, and the number of such games is reported.
+3. Concepts are split, not photos: some concepts, and of four categories or more some whole categories, are never trained on.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 import random
@@ -47,7 +49,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 NOT_CONCEPTS = {"laion", "negative_example"}  # pools of unrelated negatives that some benchmarks ship beside the photos
 NOT_READ = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make and this program does not read
 WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError)  # what opening a bad picture raises
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError)  # what Pillow raises on bad pictures
 LFS = b"version https://git-lfs"
 
 
@@ -57,12 +59,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of a concept: a name unique in the data set, how to open it, in the toy world what is true of it, {kind: word}, and
-    the part of the benchmark it belongs to, "train" or "test", where there are such parts."""
+    """One picture. Its name, unique in the data set, is its identity: photos are compared and hashed by it, and so are the keys of caches."""
     name: str
-    open: Callable[[], Image.Image] = field(repr=False, compare=False)
-    truth: dict | None = field(default=None, repr=False, compare=False)
-    part: str = field(default="", repr=False, compare=False)
+    open: Callable[[], Image.Image] = field(repr=False, compare=False)  # reads the pixels, whenever they are wanted
+    truth: dict | None = field(default=None, repr=False, compare=False)  # toy world only: what is true of it, {kind: word}
+    part: str = field(default="", repr=False, compare=False)  # "train" or "test", in benchmarks that are split
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Game:
-    """The speaker describes `target`; the listener must find `pool[answer]` in the pool."""
+    """The speaker describes `target`; the listener must find the hard positive, `pool[answer]`, in the pool."""
     concept: str
     category: str
     target: Photo
@@ -86,18 +87,18 @@ class Game:
         return dict(concept=self.concept, target=self.target.name, pool=[photo.name for photo in self.pool], answer=self.answer)
 
 
-KINDS = {"oct": 35.0, "vlt": 34.0, "single_ict": 26.0, "multi_ict": 5.0}  # RePIC's tasks and their shares (oct : vlt is not published)
+# RePIC's kinds of task (reward.py says what they are) and their shares in percent. How the first two share their 69 is not published.
+KINDS = {"oct": 35.0, "vlt": 34.0, "single_ict": 26.0, "multi_ict": 5.0}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of RePIC's questions: the pictures, then the text. `solution` is what the rule compares an answer with: "yes" or "no" (oct), a
-    box in pixels and the size of its picture (vlt), the names in angle brackets (ict). `things` are what the last picture shows."""
+    """One of RePIC's questions: the pictures, then the text."""
     kind: str
     photos: list[Photo]
     text: str
-    solution: object
-    things: list[tuple[str, Photo]] = field(repr=False)
+    solution: object  # what the rule wants. oct: "yes" or "no"; vlt: (box, size of its picture), in pixels; ict: [names in angle brackets]
+    things: list[tuple[str, Photo]] = field(repr=False)  # (name in angle brackets, photo) of each thing in the last picture
 
     def record(self):
         """What the log keeps of it."""
@@ -115,7 +116,7 @@ def read_photo(path):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                image = image.point(lambda v: v / 256).convert("L")  # 16-bit grey
+                image = image.point(lambda v: v / 256).convert("L")  # 16-bit grey, which convert alone would clip at 255
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -123,11 +124,12 @@ def read_photo(path):
 
 
 def fingerprint(picture):
-    """A hash of size and pixels: what copies of a picture share, wherever they lie and however they are compressed without loss."""
+    """A hash of size and pixels: the same for all copies of a picture, whatever their files are called."""
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 def paste(photos, boxes, size):
+    """A grey square of `size` pixels with each photo cut to its box (x1, y1, x2, y2)."""
     canvas = Image.new("RGB", (size, size), (128, 128, 128))
     for photo, (x1, y1, x2, y2) in zip(photos, boxes):
         canvas.paste(ImageOps.fit(photo.open(), (x2 - x1, y2 - y1)), (x1, y1))
@@ -141,9 +143,11 @@ def collage(photos, side, seed):
     pictures of several known things.
     """
     rng, gap = random.Random(f"collage {seed} {[photo.name for photo in photos]}"), side // 16
+    # From cell to cell it is side + 2 gap, within a cell up to 2 gap more: 2 side + 4 gap, which is 2.25 side with a gap of side / 16.
     cells = rng.sample([(x, y) for y in (0, side + 2 * gap) for x in (0, side + 2 * gap)], len(photos))
     corners = [(x + gap * rng.randrange(3), y + gap * rng.randrange(3)) for x, y in cells]
     boxes = [(x, y, x + side, y + side) for x, y in corners]
+    # The name is the identity of a photo, so it says what is where.
     name = "; ".join(f"{photo.name} at {x},{y}" for photo, (x, y) in zip(photos, corners))
     return Photo(name, partial(paste, photos, boxes, 9 * side // 4)), boxes
 
@@ -168,7 +172,7 @@ def fetch(root):
 def known_categories(root, log):
     """{concept: category} from DreamBooth's class file or ObjectsWithStateChange's array; {} where there is neither."""
     for file in (root / "prompts_and_classes.txt", root / "dataset" / "prompts_and_classes.txt"):
-        if file.is_file():
+        if file.is_file():  # "subject_name,class" and a line such as "dog2,dog" for each, until the word Prompts
             rows = [line.strip().split(",") for line in file.read_text().split("Prompts")[0].splitlines()]
             return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
     for file in sorted(root.glob("*.npy")):
@@ -179,12 +183,12 @@ def known_categories(root, log):
     return {}
 
 
-def place(path, root, loose):
+def parse_folders(path, root, loose):
     """What a picture's folders say of it -> ([concept] or [category, concept], part). `loose`: one in the root itself is named by its file."""
-    folders, part = [folder for folder in path.relative_to(root).parts[:-1] if folder != "all"], ""
+    folders, part = [folder for folder in path.relative_to(root).parts[:-1] if folder != "all"], ""  # PerVA has a layer called "all"
     if len(folders) > 1 and folders[0] in WRAPPERS:
         folders = folders[1:]
-    if folders and folders[0].rstrip("_") in ("train", "test"):
+    if folders and folders[0].rstrip("_") in ("train", "test"):  # some are published as train_ and test_
         folders, part = folders[1:], folders[0].rstrip("_")
     folders = [path.stem] if loose and not folders else folders
     if not 1 <= len(folders) <= 2:
@@ -197,37 +201,39 @@ def load_concepts(root, log=print, least=2):
     """Read a folder of photos -> [Concept, ...] sorted by name, each with at least `least` readable photos.
 
     Every photo is opened once, so that a broken one is found now and not in the middle of training. Broken photos, copies of another photo
-    of the same concept and concepts left with too few are skipped, counted and reported through `log`. Where one photo is enough (`least` 1),
+    of the same concept and concepts left with too few are skipped, counted and reported through `log`. If one photo is enough (`least` 1),
     one that lies in the root itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
     """
     root = fetch(root)
-    classes, found, broken, foreign, copies, met = known_categories(root, log), defaultdict(list), [], [], [], set()
+    classes, found, known = known_categories(root, log), defaultdict(list), set()
+    broken, foreign, copies = [], [], []
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
-        parts = path.relative_to(root).parts
-        foreign += [path.relative_to(root)] if path.suffix.lower() in NOT_READ else []
-        if path.suffix.lower() not in PICTURES or path.is_dir() or any(part[0] == "." or part in NOT_CONCEPTS for part in parts):
+        name = path.relative_to(root)
+        if path.suffix.lower() in NOT_READ:
+            foreign.append(name)
+        if path.suffix.lower() not in PICTURES or path.is_dir() or any(part[0] == "." or part in NOT_CONCEPTS for part in name.parts):
             continue
-        folders, part = place(path, root, loose=least == 1)
+        folders, part = parse_folders(path, root, loose=least == 1)
         try:
-            look = (*folders, part, fingerprint(read_photo(path)))
-        except DataError:
+            identity = (*folders, part, fingerprint(read_photo(path)))
+        except DataError:  # a Git-LFS pointer: there will be more of them, so it stops here
             raise
         except UNREADABLE as error:
-            broken.append(f"{path.relative_to(root)} ({error})")
+            broken.append(f"{name} ({error})")
             continue
-        if look in met:
-            copies.append(path.relative_to(root))
+        if identity in known:
+            copies.append(name)
             continue
-        met.add(look)
+        known.add(identity)
         category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
-        found[category, folders[-1]].append(Photo(str(path.relative_to(root)), partial(read_photo, path), part=part))
+        found[category, folders[-1]].append(Photo(str(name), partial(read_photo, path), part=part))
     lonely = [name for (_, name), photos in found.items() if len(photos) < least]
     for skipped, what in ((broken, "photos that cannot be read"), (copies, "copies of another photo of the same thing"),
                           (foreign, "files of a kind that is not read here (save them as JPEG or PNG)"), (lonely, "concepts with one photo only")):
         if skipped:
             log(f"skipped {what}: {len(skipped)}, such as {skipped[0]}")
-    twice = {name for name, count in Counter(name for _, name in found).items() if count > 1}
-    concepts = [Concept(f"{category}/{name}" if name in twice else name, category, photos)
+    ambiguous = {name for name, count in Counter(name for _, name in found).items() if count > 1}  # in two categories
+    concepts = [Concept(f"{category}/{name}" if name in ambiguous else name, category, photos)
                 for (category, name), photos in found.items() if len(photos) >= least]
     if not concepts:
         some = "two readable photos" if least == 2 else "a readable photo"
@@ -237,8 +243,8 @@ def load_concepts(root, log=print, least=2):
 
 # ----------------------------------------------------------------------------- for evaluation: splits, questions, descriptions
 def split_photos(concept, references, seed):
-    """-> (reference photos, test photos). References are drawn from the benchmark's "train" part, tests are all of its "test" part; of
-    a concept without parts, whatever is not drawn is a test. A concept of two photos or more always keeps a test photo."""
+    """-> (reference photos, test photos). With parts: references are drawn from "train", and all of "test" are tests. Without (or if all
+    are "test"): what is not drawn as a reference is a test, of which a concept of two photos or more always keeps one."""
     pool = [photo for photo in concept.photos if photo.part != "test"] or concept.photos
     tests = [photo for photo in concept.photos if photo.part == "test"] if pool is not concept.photos else []
     order = random.Random(f"references {seed} {concept.name}").sample(pool, len(pool))
@@ -247,7 +253,7 @@ def split_photos(concept, references, seed):
 
 
 def find_file(path, *folders):
-    """An old path, perhaps of another machine, as it exists here: as it stands, or its longest end that exists below one of `folders`."""
+    """An old path, perhaps of another machine, as it exists here: unchanged, or its longest tail that exists below one of `folders`."""
     parts = pathlib.PurePosixPath(str(path).replace("\\", "/")).parts
     tries = [pathlib.Path(path), *(folder / pathlib.Path(*parts[i:]) for i in range(len(parts)) for folder in folders if parts[i] != "/")]
     return next((file for file in tries if file.is_file()), None)
@@ -281,7 +287,7 @@ def beside(root, name):
 def shelf(concepts):
     """{(concept name, file name): photo}, by which benchmarks' JSON finds pictures; of two of one name the test photo."""
     photos = [((concept.name, pathlib.PurePosixPath(photo.name).name), photo) for concept in concepts for photo in concept.photos]
-    return dict(sorted(photos, key=lambda item: item[1].part == "test"))
+    return dict(sorted(photos, key=lambda item: item[1].part == "test"))  # of equal keys a dict keeps the last
 
 
 @dataclass(frozen=True)
@@ -296,16 +302,19 @@ class Question:
 
 @published("yollava-visual-qa.json")
 def load_questions(root, concepts, log=print):
-    """Yo'LLaVA's yollava-visual-qa.json in or beside the folder, nested by concept or flat, -> [Question]; [] where there is none."""
+    """Yo'LLaVA's yollava-visual-qa.json in or beside the folder -> [Question]; [] where there is none.
+
+    It comes nested, {concept: {path: question}}, or flat, {path: question}, or as a list of questions that name their image.
+    """
     content = beside(root, "yollava-visual-qa.json") or {}
     groups = content.values() if isinstance(content, dict) and not any("question" in group for group in content.values()) else [content]
     rows = [pair for group in groups for pair in (group.items() if isinstance(group, dict) else [(item["image"], item) for item in group])]
     known, questions = shelf(concepts), []
     for path, item in rows:
-        *_, folder, name = ("", *pathlib.PurePosixPath(path).parts)
+        *_, folder, name = ("", *pathlib.PurePosixPath(path).parts)  # "" in case there is no folder
         options = item.get("options") or item.get("option")
         if (folder, name) in known and options:
-            text = re.sub(r"<sks>|\bsks\b", "{}", item["question"].replace("{", "(").replace("}", ")"))
+            text = re.sub(r"<sks>|\bsks\b", "{}", item["question"].replace("{", "(").replace("}", ")"))  # {} is for the name alone
             questions.append(Question(folder, known[folder, name], text, options, item["correct_answer"]))
     if len(questions) < len(rows):
         log(f"left out {len(rows) - len(questions)} of {len(rows)} questions: their pictures are not in {root}")
@@ -316,13 +325,13 @@ def load_questions(root, concepts, log=print):
 def load_pairs(root, concepts):
     """RAP's recognition_test.json in or beside the folder -> {(photo, concept name): whether the photo shows it}; {} where there is none.
 
-    `correct_answer` decides: 333 rows that are called negative show the concept itself.
+    Only `correct_answer` is to be trusted: 333 rows whose other fields call them negative show the concept itself.
     """
     known, pairs = shelf(concepts), {}
     for row in beside(root, "recognition_test.json") or []:
-        place = pathlib.PurePosixPath(row["image"]).parts[-2:]
-        if place in known:
-            pairs[known[place], row["concept"].strip("<>")] = bool(row["correct_answer"])
+        folder_and_name = pathlib.PurePosixPath(row["image"]).parts[-2:]
+        if folder_and_name in known:
+            pairs[known[folder_and_name], row["concept"].strip("<>")] = bool(row["correct_answer"])
     return pairs
 
 
@@ -334,9 +343,9 @@ def load_queries(path):
     if path.is_dir():
         pictures = sorted((file for file in path.rglob("*_and_*/*") if file.suffix.lower() in PICTURES), key=natural)
         return [(Photo(str(file.relative_to(path)), partial(read_photo, file)), file.parent.name.split("_and_")) for file in pictures]
-    queries = []
+    queries, folders = [], [path.parent, *path.parent.parents][:3]
     for image, names in load_json(path).items():
-        if not (file := find_file(image, *[path.parent, *path.parent.parents][:3])):
+        if not (file := find_file(image, *folders)):
             raise DataError(f"{path} names the picture {image}, which is not there")
         for group in names if names and isinstance(names[0], list) else [names]:
             queries.append((Photo(image, partial(read_photo, file)), [name.strip("<>") for name in group]))
@@ -371,14 +380,14 @@ def read_database(path, photos=()):
     if not isinstance(content, dict) or not isinstance(content.get("concept_dict"), dict):
         raise DataError(f"{path} is not a database of descriptions: it has no \"concept_dict\"")
     entries, known = [], {photo.name: photo for photo in photos}
-    for tag, item in content["concept_dict"].items():
-        images = item["image"] if isinstance(item.get("image"), list) else [item["image"]] if item.get("image") else []
-        images = images or [image for image, owner in content.get("path_to_concept", {}).items() if owner == tag]
+    for marker, item in content["concept_dict"].items():
+        images = item.get("image") or [image for image, owner in content.get("path_to_concept", {}).items() if owner == marker]
+        images = images if isinstance(images, list) else [images]
         files = [find_file(image, path.parent, path.parent.parent) if image not in known else image for image in images]
         if None in files:
             raise DataError(f"{path} names the picture {images[files.index(None)]}, which is not there")
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
-        entries.append(Entry(tag.strip("<>"), category or "object", prose(item.get("info")),
+        entries.append(Entry(marker.strip("<>"), category or "object", prose(item.get("info")),
                              [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]))
     return entries
 
@@ -393,7 +402,7 @@ def database(entries, root=""):
 
 
 class Clip:
-    """A CLIP model as the judge of similarity, with the same two methods as rrg.MLLM, whose own features are the default."""
+    """A CLIP model to measure similarity with, by the same two methods as rrg.MLLM, which is the default."""
 
     def __init__(self, name, device):
         try:
@@ -425,7 +434,7 @@ class Clip:
 # ------------------------------------------------------------------------------------------------------------------ games
 def split_concepts(concepts, seed, unseen=None):
     """-> (train, test, unseen) lists of concepts. `unseen` names whole categories never trained on; by default, of four categories or
-    more, a sixth of them (at least one). Of the other concepts a fifth (at least one) is kept for testing."""
+    more, a sixth of them (at least one). Of the other concepts a fifth (at least one) is kept for testing. (Our choice: no split is published.)"""
     rng = random.Random(f"split {seed}")
     categories = sorted({concept.category for concept in concepts})
     if unseen is None:
@@ -434,21 +443,24 @@ def split_concepts(concepts, seed, unseen=None):
     for concept in rng.sample(concepts, len(concepts)):
         if concept.category not in unseen:
             known[concept.category].append(concept)
-    # Take turns through the categories; the last turns are the test set, so that it has a bit of every category that has concepts to spare.
-    most = max(map(len, known.values()), default=0)
-    turns = [concept for turn in range(most) for _, group in sorted(known.items()) for concept in group[turn:turn + 1]]
+    # Deal the concepts out in rounds, one of each category a round. The last ones dealt are the test set, so that it has something of every
+    # category that has concepts to spare.
+    rounds = itertools.zip_longest(*(group for _, group in sorted(known.items())))
+    turns = [concept for dealt in rounds for concept in dealt if concept]
     test = max(1, len(turns) // 5)
     return turns[:-test], turns[-test:], [concept for concept in concepts if concept.category in unseen]
 
 
 def mine_games(concepts, embeddings, k, seed, *, rivals=None, negatives="hard", positive="hard", log=print):
-    """One game for every photo of `concepts`, whose negatives come from the concepts `rivals` (by default the same ones).
+    """Stage 1: one game for every photo of `concepts`, whose negatives come from the concepts `rivals` (by default the same ones).
 
-    embeddings {photo name: unit vector [D]}; similarity is the cosine, here a dot product. Hard positive: the view of the same concept least
-    similar to the target ("easy": the most similar). Hard negatives: rank the other concepts of the category by the similarity of their mean to
-    the target; of each of the first 8 take its photo most similar to the target; keep the k - 1 most similar ("random": any photos of any other
-    concepts). A category with fewer than k - 1 other concepts is filled up from the most similar ones of other categories, which is reported.
-    Raises DataError when there are fewer than k concepts in all.
+        hard positive    the view of the same concept least similar to the target                      ("easy": the most similar one)
+        hard negatives   of the 8 most similar other concepts of its category the most similar photo
+                         each, and of these the best k - 1                                   ("random": any photos of any other concepts)
+
+    embeddings {photo name: unit vector [D]}; similarity is the cosine, here a dot product, and that of a concept the one of its photos' mean.
+    A category with fewer than k - 1 other concepts is filled up from the most similar ones of other categories, which is reported.
+    Raises DataError if there are fewer than k concepts in all.
     """
     rivals = rivals or concepts
     if len({concept.name for concept in rivals}) < k:
@@ -458,21 +470,24 @@ def mine_games(concepts, embeddings, k, seed, *, rivals=None, negatives="hard", 
     for concept in concepts:
         for target in concept.photos:
             rng = random.Random(f"game {seed} {target.name}")
-            like = lambda vector: float(embeddings[target.name] @ vector)  # noqa: E731
-            near = lambda photo: like(embeddings[photo.name])  # noqa: E731
-            views = sorted((photo for photo in concept.photos if photo is not target), key=near)
-            other = [rival for rival in rivals if rival.name != concept.name]
+            similarity = lambda vector: float(embeddings[target.name] @ vector)
+            near = lambda photo: similarity(embeddings[photo.name])
+            nearest = lambda rival: max(rival.photos, key=near)
+            views = sorted((photo for photo in concept.photos if photo is not target), key=near)  # the least similar first
+            others = [rival for rival in rivals if rival.name != concept.name]
             if negatives == "random":
-                chosen = [rng.choice(rival.photos) for rival in rng.sample(other, k - 1)]
+                chosen = [rng.choice(rival.photos) for rival in rng.sample(others, k - 1)]
             else:
-                other.sort(key=lambda rival: -like(mean[rival.name]))
-                kin = [rival for rival in other if rival.category == concept.category][:8]
-                borrowed += len(kin) < k - 1
-                chosen = sorted((max(rival.photos, key=near) for rival in kin), key=near, reverse=True)[:k - 1]
-                chosen += [max(rival.photos, key=near) for rival in [rival for rival in other if rival not in kin][:k - 1 - len(chosen)]]
+                others.sort(key=lambda rival: similarity(mean[rival.name]), reverse=True)
+                kin = [rival for rival in others if rival.category == concept.category][:8]
+                strangers = [rival for rival in others if rival not in kin]
+                chosen = sorted(map(nearest, kin), key=near, reverse=True)[:k - 1]
+                borrowed += len(chosen) < k - 1
+                chosen += map(nearest, strangers[:k - 1 - len(chosen)])
             candidates = [views[0 if positive == "hard" else -1], *chosen]
-            order = rng.sample(range(k), k)
-            games.append(Game(concept.name, concept.category, target, [candidates[i] for i in order], order.index(0)))
+            order = rng.sample(range(k), k)  # shuffled, so that the place in the pool tells nothing
+            pool = [candidates[i] for i in order]
+            games.append(Game(concept.name, concept.category, target, pool, answer=order.index(0)))  # candidates[0] is the positive
     if borrowed:
         log(f"{borrowed} of {len(games)} games take negatives from other categories: theirs has fewer than {k - 1} other concepts")
     return games
@@ -487,9 +502,14 @@ def make_tasks(concepts, shares, count, prompts, phrase, side, seed):
     """`count` of RePIC's tasks about `concepts`, of kinds drawn by their `shares` {kind: weight} -> [Task].
 
     `prompts` {"oct" | "vlt" | "ict": [(before, after)]}, of which each task gets one, so that all answers of a group answer the same.
-    `phrase(concept)` says what to look for in a scene. Half of the oct tasks show another thing, half of these one of the same category.
-    The paper crops things out of photographs; here a scene is a collage of whole photos of `side` pixels each (`collage`).
-    Raises DataError for fewer than two concepts.
+    `phrase(concept)` says what to look for in a scene. The paper crops things out of photographs; here a scene is a collage of whole photos
+    of `side` pixels each (`collage`). Raises DataError for fewer than two concepts.
+
+        kind         one picture each, named        the last picture                                  solution
+        oct          the thing                      it, or in half of the tasks another one           "yes", or "no"
+        vlt          -                              a scene of it and 1 to 3 that look different      its box
+        single_ict   the thing                      it                                                its name
+        multi_ict    the thing and 1 or 2 others    a scene of them                                   their names
     """
     if len(concepts) < 2:
         raise DataError("RePIC's tasks need two concepts or more")
@@ -497,28 +517,33 @@ def make_tasks(concepts, shares, count, prompts, phrase, side, seed):
     for number, kind in enumerate(kinds):
         rng = random.Random(f"task {seed} {number}")
         concept, *others = rng.sample(concepts, len(concepts))
-        before, after = rng.choice(prompts[kind.split("_")[-1]])
-        named = [concept, *others[:rng.choice([1, 2])]] if kind == "multi_ict" else [concept]  # shown one by one, with their names
-        shown = named  # by the last picture
-        if kind == "oct" and rng.random() < 0.5:
+        before, after = rng.choice(prompts[kind.split("_")[-1]])  # single_ict and multi_ict share theirs
+        named = shown = [concept]
+        if kind == "multi_ict":
+            named = shown = [concept, *others[:rng.choice([1, 2])]]
+        elif kind == "vlt":  # another thing that the same phrase fits would be a second right answer
+            named, shown = [], [concept, *[other for other in others if phrase(other) != phrase(concept)][:rng.choice([1, 2, 3, 3])]]
+        elif kind == "oct" and rng.random() < 0.5:  # half of the others are of the same category
             kin = [other for other in others if other.category == concept.category] or others
             shown = [rng.choice([others, kin])[0]]
-        elif kind == "vlt":
-            shown, named = [concept, *[other for other in others if phrase(other) != phrase(concept)][:rng.choice([1, 2, 3, 3])]], []
-        views = {other.name: rng.sample(other.photos, 2) for other in [*named, *shown]}  # of each a photo for its name, another to be shown
-        things = [(tag(other.name), views[other.name][1]) for other in shown]
+        views = {other.name: rng.sample(other.photos, 2) for other in [*named, *shown]}  # one to be named, another to be shown
+        names, things = [tag(other.name) for other in named], [(tag(other.name), views[other.name][1]) for other in shown]
         scene, boxes = collage([photo for _, photo in things], side, f"{seed} {number}")
         last = scene if kind in ("vlt", "multi_ict") else things[0][1]
-        names = [tag(other.name) for other in named]
-        solution = {"oct": "yes" if shown is named else "no", "vlt": (boxes[0], (9 * side // 4,) * 2)}.get(kind, names)
-        lie = sorted(zip(boxes, things), key=lambda pair: (pair[0][1] >= side, pair[0][0]))  # as one reads: the upper row first, from the left
-        tasks.append(Task(kind, [views[other.name][0] for other in named] + [last], before + (", ".join(names) or phrase(concept)) + after,
-                          solution, [thing for _, thing in lie]))
+        solution = names
+        if kind == "oct":
+            solution = "yes" if shown is named else "no"
+        elif kind == "vlt":
+            solution = (boxes[0], (9 * side // 4,) * 2)  # the side of a collage
+        in_order = sorted(zip(boxes, things), key=lambda pair: (pair[0][1] >= side, pair[0][0]))  # as one reads: the upper row first
+        text = before + (", ".join(names) or phrase(concept)) + after
+        tasks.append(Task(kind, [views[other.name][0] for other in named] + [last], text, solution, [thing for _, thing in in_order]))
     return tasks
 
 
 def games_of_step(games, step, size, seed):
-    """The `size` games of training step `step` (from 0): a fresh shuffle every pass, and no state to save. -> [Game] * size"""
-    places = [divmod(place, len(games)) for place in range(step * size, (step + 1) * size)]  # (pass, place in its order); passes may change within a step
+    """The `size` games of training step `step` (from 0), in a fresh order every pass. It follows from step and seed alone, so a run that goes
+    on after a stop has nothing to restore. -> [Game] * size"""
+    places = [divmod(place, len(games)) for place in range(step * size, (step + 1) * size)]  # (pass, place in its order)
     order = {epoch: random.Random(f"epoch {seed} {epoch}").sample(games, len(games)) for epoch in {epoch for epoch, _ in places}}
     return [order[epoch][i] for epoch, i in places]

@@ -10,7 +10,7 @@
 
 and with --grounding, as RePIC is measured, by the model *with* its adapter, from pictures instead of descriptions:
     ground     reference photos with names + a photo of one of these things, or a scene of two or four -> do captions use the names? With
-               the right references, with those that are most like the things in the picture, and with wrong ones, where few is good
+               the right references, with those that are most like the things in the picture, and with wrong ones (fewer is better)
 
     python evaluate.py --adapter runs/x/adapter                                        # the toy world: one row for base, one for the run
     python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data perva-data/ --all      # any folder of photos (data.py lists the layouts)
@@ -18,11 +18,12 @@ and with --grounding, as RePIC is measured, by the model *with* its adapter, fro
     python evaluate.py --report runs/x                                                 # a finished run and its table as one page, report.html
 
 The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos of held-out concepts, whose categories
-rrg.py was trained on, put to a database of all concepts of these categories; "unseen" the same for the categories it never met. Its columns:
+rrg.py was trained on, looked up in a database of all concepts of these categories; "unseen" the same for the categories it never met. Columns:
 
     caption F1     of the letter that was chosen, with its precision and recall: the mean over things
     name F1        does the caption call the thing by its name
-    recognition    the mean of positive (this is it) and negative (this is another); inside, across: negatives of its category, of others
+    recognition    the mean of positive (this is it) and negative (this is another one); inside, across: with negatives of its own category
+                   only, of other categories only
     VQA, leakage   right answers; descriptions that mention state or place. words: how long a description is
     ceiling        is the right thing among the k retrieved: captions cannot be better. unparsed: answers that cannot be read
 
@@ -34,7 +35,7 @@ Where it departs from the paper and its authors' research code:
 5. Where the truth is not known, the leakage judge is the model itself (the research code: another language model).
 6. RePIC finds the things of a scene by a detector. Here scenes are collages (data.py), so each thing's own photo is put to retrieval.
 
-Shapes: P photos, C concepts in the database, K candidates.
+Shapes: P photos, C concepts in the database, k retrieved candidates, D width of the vectors that are compared.
 """
 import argparse
 import base64
@@ -73,19 +74,20 @@ LEAKAGE = ("This is how somebody described a thing of theirs: ",
 def read_answer(text, **fields):
     """An answer's JSON object -> {field: text}, or None unless the answer is that object and nothing else (a ``` fence is allowed).
 
-    `fields` names what must be there: None for any text, or the values that are allowed, in any case.
+    `fields`: the names that must be there, each with the values it may have (in any case), or None for any text.
     """
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", text, re.DOTALL)
     try:
-        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)  # an object is a tuple of pairs, a list stays a list
+        # Pairs and not a dictionary, which would hide that a field is there twice. An object becomes a tuple, so a list can be told from it.
+        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(pairs, tuple) or len(dict(pairs)) < len(pairs):  # a field that is there twice is not an answer
+    if not isinstance(pairs, tuple) or len(dict(pairs)) < len(pairs):
         return None
     row = {name: value.strip() for name, value in pairs if isinstance(value, str)}
     for name, allowed in fields.items():
         spelled = {value.lower(): value for value in allowed or ()}
-        if not row.get(name) or allowed and row[name].lower() not in spelled:
+        if not row.get(name) or (allowed and row[name].lower() not in spelled):
             return None
         row[name] = spelled.get(row[name].lower(), row[name])
     return row
@@ -93,8 +95,9 @@ def read_answer(text, **fields):
 
 def retrieve(image, text, k):
     """Similarities [P, C] of photos to the concepts' reference photos and descriptions -> (the k best concepts [P, k], best first; scores
-    [P, C]). Each similarity is min-max normalised over the concepts, then half and half; of equals the first in the database wins."""
-    scale = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(min=1e-12)  # noqa: E731
+    [P, C]). The two live on different scales, so each is stretched to 0 to 1 over the concepts, then they are averaged. Of equals the first
+    in the database wins."""
+    scale = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(min=1e-12)
     scores = (scale(image) + scale(text)) / 2  # [P, C]
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
 
@@ -111,8 +114,8 @@ def recognition_scores(rows):
     of the photo's own category, and of the others. What is unparsed is wrong on either side. None where there is nothing to count.
     """
     positive = share([said is True for same, said, _ in rows if same])
-    negative = lambda which: share([said is False for same, said, kin in rows if not same and kin in which])  # noqa: E731
-    mean = lambda other: None if positive is None or other is None else (positive + other) / 2  # noqa: E731
+    negative = lambda which: share([said is False for same, said, kin in rows if not same and kin in which])  # which: of the category, or not
+    mean = lambda other: None if positive is None or other is None else (positive + other) / 2
     return {"recognition_positive": positive, "recognition_negative": negative((True, False)), "recognition_weighted": mean(negative((True, False))),
             "recognition_inside": mean(negative((True,))), "recognition_across": mean(negative((False,)))}
 
@@ -124,20 +127,22 @@ def captioning_scores(rows, tested=None):
     concepts only. Where there are others to be chosen, `tested` says which names are classes; to choose another one is still wrong.
     """
     hits = Counter(right for right, chosen in rows if right == chosen)
-    actual, chosen = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
-    names = sorted((actual.keys() | chosen.keys()) & (tested or actual.keys() | chosen.keys()))  # in order: sums of floats depend on it
-    mean = lambda values: sum(values) / len(names) if names else None  # noqa: E731
-    return {"captioning_precision": mean([hits[name] / max(1, chosen[name]) for name in names]),
+    actual, picked = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
+    names = actual.keys() | picked.keys()
+    names = sorted(names & tested if tested else names)  # in order: sums of floats depend on it
+    mean = lambda values: sum(values) / len(names) if names else None
+    return {"captioning_precision": mean([hits[name] / max(1, picked[name]) for name in names]),
             "captioning_recall": mean([hits[name] / max(1, actual[name]) for name in names]),
-            "captioning_f1": mean([2 * hits[name] / (actual[name] + chosen[name]) for name in names])}
+            "captioning_f1": mean([2 * hits[name] / (actual[name] + picked[name]) for name in names])}  # of precision and recall
 
 
 def name_grounding(rows, case_sensitive=False):
     """Do captions call things by their names? rows (names that belong there, caption) -> {"precision", "recall", "f1"}.
 
     The rule of RAP and RePIC. A caption's words are split at white space and stripped of .,!?;:()[]{}"'- at both ends; a name is there if
-    a word equals it, bare or as <name>. Each name that belongs in a caption is a hit, else a miss if the caption has any other name
-    of these rows that does not belong there, else nothing. precision = hits / (hits + misses), recall = hits / names that belong.
+    a word equals it, bare or as <name>. If <bo> belongs in a caption, one that says <bo> is a hit, one that does not, but says a name of
+    these rows that does not belong there, is a miss, and one without any name is neither: it only lowers the recall.
+        precision = hits / (hits + misses)        recall = hits / names that belong
     RePIC's tables of two concepts are case-sensitive, those of one and four are not.
     """
     case = (lambda text: text) if case_sensitive else str.lower
@@ -147,35 +152,38 @@ def name_grounding(rows, case_sensitive=False):
         words = {word.strip(".,!?;:()[]{}\"'-") for word in caption.replace("</s>", "").split()}
         there = {name for name in pool if name in words or f"<{name}>" in words}
         right = sum(name in there for name in names)
-        hits, misses = hits + right, misses + (len(names) - right if there - set(names) else 0)
+        hits += right
+        misses += len(names) - right if there - set(names) else 0
     slots = sum(len(names) for names, _ in rows)
     precision, recall = hits / max(1, hits + misses), hits / max(1, slots)
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-12, precision + recall)}
 
 
 # --------------------------------------------------------------------------------------------------------- describe, remember
-def describe(mllm, concepts, references, most):
+def describe(mllm, concepts, references, max_tokens):
     """-> ([Entry] of the concepts, the names of those described in another form than asked for). `references` {concept name: photos}.
 
-    The speaker is the model as it is now, greedy. A malformed description is remembered as it stands, without tags: it is what was said.
+    The speaker is the model as it is now, greedy. A malformed description is remembered, too, only without its tags: an assistant has to
+    live with what was said.
     """
     photos = [photo for concept in concepts for photo in references[concept.name]]
-    texts = mllm.tell([([photo], reward.SPEAK) for photo in photos], most, "describing")
+    texts = mllm.tell([([photo], reward.SPEAK) for photo in photos], max_tokens, "describing")
     parsed = {photo: reward.parse(text) for photo, text in zip(photos, texts)}
-    said = {photo: parsed[photo].text if parsed[photo] else " ".join(re.sub(r"</?\w+>", " ", text).split()) for photo, text in zip(photos, texts)}
+    bare = lambda text: " ".join(re.sub(r"</?\w+>", " ", text).split())
+    said = {photo: parsed[photo].text if parsed[photo] else bare(text) for photo, text in zip(photos, texts)}
     entries = [data.Entry(concept.name, concept.category, " ".join(said[photo] for photo in references[concept.name]), references[concept.name])
                for concept in concepts]
     return entries, {name for name, photos in references.items() if any(parsed.get(photo, True) is None for photo in photos)}
 
 
-def leakage(mllm, entries, most):
+def leakage(mllm, entries, max_tokens):
     """-> (share of descriptions that mention state or location, None if no verdict can be read; verdicts that cannot be read).
 
     Exact in the toy world. Elsewhere the model without adapter is the judge, and judges the words alone, without a picture.
     """
     if all(photo.truth for entry in entries for photo in entry.photos):
         return share([toy.leaks(entry.text) for entry in entries]), 0
-    answers = mllm.tell([([], LEAKAGE[0] + reward.quoted(entry.text, mllm.markers) + LEAKAGE[1]) for entry in entries], most, "judging leakage")
+    answers = mllm.tell([([], LEAKAGE[0] + reward.quoted(entry.text, mllm.special_tokens) + LEAKAGE[1]) for entry in entries], max_tokens, "judging leakage")
     verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
     return share(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
 
@@ -190,30 +198,30 @@ def similarity(embedder, photos, entries):
     return torch.stack([vectors[photo.name] for photo in photos]) @ memory.T, embedder.compare(photos, [entry.text for entry in entries])
 
 
-def caption(mllm, photos, candidates, most, seed):
-    """candidates: a list of entries for each photo -> [(their order as lettered, the answer as read or None, as it stands), ...]."""
+def caption(mllm, photos, candidates, max_tokens, seed):
+    """candidates: a list of entries for each photo -> [(the entries in the order of their letters, the answer as read or None, its text), ...]."""
     orders = [random.Random(f"letters {seed} {photo.name}").sample(some, len(some)) for photo, some in zip(photos, candidates)]
-    lines = ["\n".join(f"{letter}. {reward.quoted(entry.text, mllm.markers)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order))
+    lines = ["\n".join(f"{letter}. {reward.quoted(entry.text, mllm.special_tokens)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order))
              for order in orders]
-    texts = mllm.reply(reward.CAPTIONING, list(zip(photos, lines)), most, "captioning")
+    texts = mllm.reply(reward.CAPTIONING, list(zip(photos, lines)), max_tokens, "captioning")
     return [(order, read_answer(text, Answer=LETTERS[:len(order)], Caption=None), text) for order, text in zip(orders, texts)]
 
 
-def recognise(mllm, pairs, most):
+def recognise(mllm, pairs, max_tokens):
     """pairs [(photo, entry)] -> [whether the photo shows the thing, None where the answer cannot be read]."""
-    texts = mllm.reply(reward.RECOGNITION, [(photo, reward.quoted(entry.text, mllm.markers)) for photo, entry in pairs], most, "recognition")
+    texts = mllm.reply(reward.RECOGNITION, [(photo, reward.quoted(entry.text, mllm.special_tokens)) for photo, entry in pairs], max_tokens, "recognition")
     rows = [read_answer(text, Answer=("Yes", "No")) for text in texts]
-    return [row and row["Answer"] == "Yes" for row in rows]
+    return [row and row["Answer"] == "Yes" for row in rows]  # None stays None
 
 
-def answer(mllm, questions, entries, most):
+def answer(mllm, questions, entries, max_tokens):
     """questions [data.Question] -> [whether the answer is right, None where it cannot be read]."""
-    texts = {entry.name: reward.quoted(entry.text, mllm.markers) for entry in entries}
+    texts = {entry.name: reward.quoted(entry.text, mllm.special_tokens) for entry in entries}
     asked = []
     for q in questions:
         options = "\n".join(f"{letter}. {option}" for letter, option in q.options.items())
         asked.append((q.photo, f"{tag(q.concept)}: {texts[q.concept]}\n{q.text.format(tag(q.concept))}\n{options}"))
-    rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, most, "answering"))]
+    rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, max_tokens, "answering"))]
     return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
 
 
@@ -224,23 +232,23 @@ def grounding(mllm, embedder, known, tested, split, options):
     `known` and `tested` are concepts, `split` {concept name: (reference photos, test photos)}. A wrong reference shows a thing that is
     not in the picture; its name counts, and should not be there. (RePIC, tables 1 to 3)
     """
-    figures, reference = {}, {concept.name: split[concept.name][0][0] for concept in known}
+    figures, reference = {}, {concept.name: split[concept.name][0][0] for concept in known}  # the first reference photo of each
     vectors = embedder.embed([*reference.values(), *(photo for concept in tested for photo in split[concept.name][1])])
     memory = torch.stack([vectors[photo.name] for photo in reference.values()])  # [C, D]
     for many, how in itertools.product((1, 2, 4), ("right", "retrieved", "wrong")):
-        prompts, rows = [], []
-        for number in range(SCENES if len(tested) >= many and len(known) >= 2 * many else 0):
+        prompts, expected, enough = [], [], len(tested) >= many and len(known) >= 2 * many
+        for number in range(SCENES if enough else 0):
             rng = random.Random(f"scene {options.seed} {many} {number}")
             names = [concept.name for concept in rng.sample(tested, many)]
             photos, others = [rng.choice(split[name][1]) for name in names], rng.sample([name for name in reference if name not in names], many)
-            nearest = dict.fromkeys(list(reference)[(memory @ vectors[photo.name]).argmax()] for photo in photos)
+            nearest = dict.fromkeys(list(reference)[(memory @ vectors[photo.name]).argmax()] for photo in photos)  # two may have the same one
             given = {"right": names, "retrieved": nearest, "wrong": others}[how]
             picture = photos[0] if many == 1 else data.collage(photos, rrg.side(mllm), number)[0]
-            before, after = reward.REPIC["ict"][number % 3]
+            before, after = reward.REPIC["ict"][number % 3]  # the three wordings in turn
             prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
-            rows.append([tag(name) for name in (others if how == "wrong" else names)])
-        scores = name_grounding(list(zip(rows, mllm.tell(prompts, options.max_tokens, "calling by name"))), case_sensitive=many == 2)
-        figures |= {f"names_{many}_{how}_{key}": value if rows else None for key, value in scores.items()}
+            expected.append([tag(name) for name in (others if how == "wrong" else names)])
+        scores = name_grounding(list(zip(expected, mllm.tell(prompts, options.max_tokens, "calling by name"))), case_sensitive=many == 2)
+        figures |= {f"names_{many}_{how}_{key}": value if enough else None for key, value in scores.items()}
     return figures
 
 
@@ -254,14 +262,14 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
     candidates = []
     for (_, name), row in zip(tests, best.tolist()):
         if options.skip_retrieval and owner[name] not in row:
-            row[-1] = owner[name]
+            row[-1] = owner[name]  # the right one instead of the last
         candidates.append([entries[i] for i in row])
     captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
     chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
     called = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
     shown, kind = dict(tests), {entry.name: entry.category for entry in entries}
-    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
-    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in owner}
+    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}  # every photo, every concept
+    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in owner}  # of the benchmark's own those here
     said = recognise(mllm, [(photo, entries[owner[name]]) for photo, name in pairs], options.max_tokens)
     right = answer(mllm, questions, entries, options.max_tokens)
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
@@ -296,7 +304,7 @@ def tables(rows):
                       "names in captions (F1), by how many things there are and which references are given"]
             grounded = any("names_1_right_f1" in figures for figures in some.values())
             for title, columns in list(zip(titles, (COLUMNS, GROUNDING)))[:1 + grounded]:
-                cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"  # noqa: E731
+                cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"
                 yield title, [["", *columns.values()], *([name, *(cell(key, figures.get(key)) for key in columns)] for name, figures in some.items())]
 
 
@@ -316,25 +324,27 @@ def recall(file, concepts, photos):
 
 
 def table(mllm, embedder, options, models):
-    """The row of each of `models`, adapters or "base", and of each database -> what --out holds."""
+    """One row for each of `models`, adapters or "base", and one for each database -> the content of --out."""
     root = data.fetch(options.data) if options.data else ""
     concepts, unseen = rrg.load_world(mllm, root, options.seed)
     parts = data.split_concepts(concepts, options.seed, unseen)
-    held = {"seen": (parts[0] + parts[1], parts[0] + parts[1] if options.all else parts[1]), "unseen": (parts[2], parts[2])}
+    seen = parts[0] + parts[1]
+    held = {"seen": (seen, seen if options.all else parts[1]), "unseen": (parts[2], parts[2])}  # part: (concepts in the database, those tested)
     split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
     references = {name: photos for name, (photos, _) in split.items()}
     asked, pairs = (data.load_questions(root, concepts), data.load_pairs(root, concepts)) if root else ([], {})
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     mllm.check(tag(concept.name) for concept in concepts)
-    grounded = {}  # row -> part -> figures; and row -> (entries, names of those described in another form than asked for):
-    remembered = {file: (recall(file, concepts, photos), set()) for file in options.database}
+    grounded = {}  # {row: {part: figures}}
+    remembered = {file: (recall(file, concepts, photos), set()) for file in options.database}  # {row: (entries, names of malformed ones)}
+    # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
     used = {data.fingerprint(photo.open()) for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
     fresh = {photo for _, tests in split.values() for photo in tests if not used or data.fingerprint(photo.open()) not in used}
-    for name in models:
+    for name in models:  # all that is said with an adapter on comes first; what reads it, below, is the model without
         if name != "base":
             adapt(mllm, name)
-            mind(name, options)
+            warn_of_other_split(name, options)
         remembered[name] = describe(mllm, concepts, references, options.max_tokens)
         grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
@@ -344,7 +354,6 @@ def table(mllm, embedder, options, models):
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
         for part, (known, tested) in held.items():
-            # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
             tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1] if photo in fresh]
             if tests:
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
@@ -353,9 +362,9 @@ def table(mllm, embedder, options, models):
                 row[part] |= grounded.get(name, {}).get(part, {})
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
-            grpo.write_json(options.out, result)
-            file, row = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
-            grpo.write_json(file.with_name(f"{file.stem}-{row}-database.json"), data.database(entries, root))  # the descriptions lie beside the table
+            grpo.write_json(options.out, result)  # and the descriptions beside it:
+            file, slug = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
+            grpo.write_json(file.with_name(f"{file.stem}-{slug}-database.json"), data.database(entries, root))
     return result
 
 
@@ -367,8 +376,8 @@ def adapt(mllm, folder):
         raise data.DataError(str(error)) from error
 
 
-def mind(adapter, options):
-    """Say so if an adapter's run had other held-out concepts than this table."""
+def warn_of_other_split(adapter, options):
+    """Print a note if an adapter's run had other held-out concepts than this table."""
     record = pathlib.Path(adapter).parent / "config.json"
     run = data.load_json(record).get("settings") if record.is_file() else None
     if run and (run["seed"], pathlib.Path(run["data"])) != (options.seed, pathlib.Path(options.data)):
@@ -398,7 +407,7 @@ def ask(mllm, embedder, options):
     if options.out:
         grpo.write_json(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
     elif not options.database:
-        print("(to ask again without describing your things anew: add --out things.json now, then give --database things.json for --photos)")
+        print("(to ask again without describing your things again: add --out things.json now, then give --database things.json for --photos)")
     mllm.check(tag(entry.name) for entry in entries)
     image, text = similarity(embedder, [query], entries)
     best, scores = retrieve(image, text, options.k)
@@ -415,7 +424,7 @@ def ask(mllm, embedder, options):
 
 
 # ---------------------------------------------------------------------------------------------------------- a run as a page
-CURVES = ("reward", "identification", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
+CURVES = ("reward", "listener_accuracy", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
 STYLE = """:root{color-scheme:light dark;--line:#8886;--bad:#c0392b;--good:#1a7f37}@media(prefers-color-scheme:dark){:root{--bad:#ff8a7a;--good:#57d17b}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
 .row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}
@@ -428,10 +437,10 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:n
 
 def chart(name, points, last):
     """One curve over training as SVG, points [(step, value)] of a run of `last` steps: values faint, the mean of the last tenth of them bold."""
-    steps, values = zip(*points)
+    steps, values = zip(*points)  # the plot is 300 x 100, whose upper tenth stays free
     top, window = max(values), max(1, len(values) // 10)
     smooth = [sum(part) / len(part) for part in (values[max(0, i - window + 1):i + 1] for i in range(len(values)))]
-    line = lambda ys: " ".join(f"{300 * step / last:.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for step, y in zip(steps, ys))  # noqa: E731
+    line = lambda ys: " ".join(f"{300 * step / last:.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for step, y in zip(steps, ys))
     told = f"{name.replace('_', ' ')}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}, at most {top:.3g}"
     return (f'<figure><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
             f'<polyline points="{line(values)}" fill="none" stroke="#2471a3" opacity=".4"/><polyline points="{line(smooth)}" fill="none" stroke="#2471a3" '
@@ -447,7 +456,7 @@ def grid(title, lines):
 
 
 def figure(photo, told, more=""):
-    """A photo within the page, its name, what it is told to be, and `more` of HTML between the two."""
+    """A photo within the page, its name and its caption, and `more` of HTML between the two."""
     image, file = photo.open(), io.BytesIO()
     image.thumbnail((320, 320))
     image.save(file, "JPEG", quality=90)
@@ -456,17 +465,17 @@ def figure(photo, told, more=""):
             f"<figcaption>{told}</figcaption></figure>")
 
 
-def marked(when, row, knows):
-    """What was said of a picture, with leaked words marked where the truth is known."""
+def marked(when, row, truth_known):
+    """What was said of a picture "before" or "after", with leaked words marked if the truth is known."""
     text = html.escape(answer.text if (answer := reward.parse(row["text"])) else row["text"])
-    leak = lambda word: f"<mark>{word[0]}</mark>" if knows and toy.leaks(word[0]) else word[0]  # noqa: E731
+    leak = lambda word: f"<mark>{word[0]}</mark>" if truth_known and toy.leaks(word[0]) else word[0]
     return f'<p><b class="{when}">{when}</b> {re.sub("[A-Za-z]+", leak, text)}</p>'
 
 
 def example(rows, photos):
     """One held-out game or task, {"before": row, "after": row} of result.json."""
-    game, knows = rows["before"], all(photo.truth for photo in photos.values())
-    words = "".join(marked(when, row, knows) for when, row in rows.items())
+    game, truth_known = rows["before"], all(photo.truth for photo in photos.values())
+    words = "".join(marked(when, row, truth_known) for when, row in rows.items())
     if "pool" not in game:
         shown = "".join(figure(photos[name], f"picture {i}") for i, name in enumerate(game["photos"], 1))
         right = html.escape(f"{game['kind']}; right: {game['solution']}")
@@ -474,19 +483,20 @@ def example(rows, photos):
     pool = ""
     for i, name in enumerate(game["pool"]):
         told = "hard positive: the same thing" if i == game["answer"] else "a look-alike"
-        bars = "".join(f'<span class="{when}">{when}: {row["rho"][i]:.0%} yes<span class="bar" aria-hidden="true"><i style="width:{row["rho"][i]:.0%}"></i>'
-                       "</span></span>" if row["rho"] else f"<span>{when}: not parsed</span>" for when, row in rows.items())
-        pool += figure(photos[name], told, bars)
+        bar = lambda when, rho: (f'<span class="{when}">{when}: {rho[i]:.0%} yes<span class="bar" aria-hidden="true"><i style="width:{rho[i]:.0%}"></i>'
+                                 "</span></span>" if rho else f"<span>{when}: not parsed</span>")
+        pool += figure(photos[name], told, "".join(bar(when, row["rho"]) for when, row in rows.items()))
     return (f'<article><div class="row">{figure(photos[game["target"]], "target, what the speaker sees")}<div>{words}</div></div>'
             f'<p>Does the description fit? The listener of each candidate:</p><div class="row">{pool}</div></article>')
 
 
-def group(sample, std_floor):
-    """One game of a training step: its G answers, what they earned, and how much better than its siblings each is."""
-    rewards = [row["reward"] for row in sample["samples"]]
+def group(logged, std_floor):
+    """A line of samples.jsonl, one game of a training step: its G answers, what they earned, and how much better than its siblings each is."""
+    rewards = [row["reward"] for row in logged["samples"]]
     advantages = grpo.group_advantages(torch.tensor([rewards]), std_floor=std_floor)[0].tolist()
-    title = f"step {sample['step']}: the answers about {sample.get('target') or sample['question']}"
-    return grid(title, [["answer", "reward", "advantage"], *([row["text"], f"{pay:.3f}", f"{A:+.2f}"] for row, pay, A in zip(sample["samples"], rewards, advantages))])
+    title = f"step {logged['step']}: the answers about {logged.get('target') or logged['question']}"
+    lines = [[row["text"], f"{pay:.3f}", f"{A:+.2f}"] for row, pay, A in zip(logged["samples"], rewards, advantages)]
+    return grid(title, [["answer", "reward", "advantage"], *lines])
 
 
 def album(folder, mllm):
@@ -516,7 +526,7 @@ def page(folder, photos, rows):
                  + " Marked words tell of place, pose or light, which the next photo will not share." * (config.method == "rrg" and not config.data) + "</p>"
                  + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
         "Groups": "<p>What the advantages are made of: all answers of one game, at the first step and at the last.</p>"
-                  + "".join(group(sample, config.std_floor) for sample in samples[:1] + samples[1:][-1:]) if config.method != "sft" else ""}
+                  + "".join(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:]) if config.method != "sft" else ""}
     name = html.escape(folder.resolve().name)
     body = "".join(f'<h2 id="{title}">{title}</h2>{part}' for title, part in parts.items() if part)
     links = " · ".join(f'<a href="#{title}">{title}</a>' for title, part in parts.items() if part)
@@ -525,8 +535,8 @@ def page(folder, photos, rows):
             f'{html.escape(result["device"])}</p><pre>{html.escape(record["command"])}</pre><nav>{links}</nav>{body}</main></html>\n')
 
 
-def of_run(folder):
-    """What a finished run says of the options of its table. Raises DataError where there is none."""
+def options_of_run(folder):
+    """A finished run's own options for its table. Raises DataError if the folder holds no such run."""
     folder = pathlib.Path(folder)
     if not (folder / "result.json").is_file():
         raise data.DataError(f"{folder} holds no finished run; to finish one: python rrg.py --out {folder} --resume")
@@ -563,7 +573,7 @@ def settings(argv=None):
     options = parser.parse_args(argv)
     if options.report:
         run = options.report if options.report != "newest" else max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
-        options = parser.parse_args(argv, of_run(run))
+        options = parser.parse_args(argv, options_of_run(run))  # in the place of the defaults
         options.report = run
     if options.report and options.query:
         parser.error("--report is about a run, --query about one picture: give one of them")

@@ -1,18 +1,19 @@
 """grpo.py: the learner. Group-relative policy optimization (GRPO) and low-rank adapters (LoRA), as pure functions of tensors.
 
-It knows nothing of pictures, games or prompts: it takes log-probabilities and rewards, and gives a loss; it takes a model, and gives it
-a few trainable matrices. Read `group_advantages`, `kl_k3` and `grpo_loss`: they are the whole algorithm.
+This file knows nothing about pictures, games or prompts. From log-probabilities and rewards it makes a loss; to a model it adds a few
+trainable matrices. Read `group_advantages`, `kl_k3` and `grpo_loss`: they are the whole algorithm, which needs no value network, because
+the mean reward of the other answers to the same prompt is the baseline.
 
 Sources: GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3-4), PPO's clip (1707.06347, eq. 7), the k3 estimator (Schulman 2020,
 joschu.net/blog/kl-approx.html), Dr. GRPO (2503.20783), DAPO (2503.14476), LoRA (2106.09685, section 4.1).
 
 Where it departs from them:
-1. The standard deviation of a group has a floor. Rewards here are probabilities, so the G answers can differ by mere rounding, and
-   (r - mean) / std would blow that noise up to advantages of +-1. A group whose rewards are all equal gets exactly 0.
+1. The standard deviation of a group has a floor. Rewards here are made of probabilities, so G equally good answers differ a little, by
+   0.01 say, and (r - mean) / std would blow that noise up to advantages of +-1. A group whose rewards are all equal gets exactly 0.
 2. Adapters sit on the language model only, without dropout: the vision tower is frozen so that a picture is encoded once, and dropout
    would make the policy that is trained differ from the one that was sampled.
 
-Shapes: B prompts, G samples per prompt, N = B*G sequences, C completion length, V vocabulary. (In the part on LoRA, A, B and r are its own
+Shapes: B prompts, G samples per prompt, N = B*G sequences, C completion (answer) length, V vocabulary. (In the part on LoRA, A, B and r are its own
 paper's letters: the two matrices of an adapter and their rank.)
 """
 import contextlib
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import torch
 import torch.nn.functional as F
@@ -32,31 +34,35 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 # ------------------------------------------------------------------------------------------------------------------- GRPO
 def group_advantages(rewards, *, std_floor=0.0):
-    """How much better than its siblings is each answer?   A_i = (r_i - mean r) / (std r + 1e-4)   (DeepSeekMath, section 4.1.2)
+    """How much better is each answer than its siblings, the other answers to the same prompt?
 
-    rewards [B, G], one row a prompt, G >= 2 -> advantages [B, G]. The std is the unbiased one (n - 1), never taken smaller than
+        A_i = (r_i - mean r) / (std r + 1e-4)                                                  (DeepSeekMath, section 4.1.2)
+
+    rewards [B, G], one row per prompt, G >= 2 -> advantages [B, G]. The std is the unbiased one (n - 1), never taken smaller than
     `std_floor`. Raises ValueError on a group of one (it has no siblings) and FloatingPointError on a reward that is not a finite number.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"advantages need rewards [B, G] with G >= 2 answers a prompt, not {list(rewards.shape)}")
+        raise ValueError(f"advantages need rewards [B, G] with G >= 2 answers per prompt, not {list(rewards.shape)}")
     if not rewards.isfinite().all():
         raise FloatingPointError("a reward is not a finite number; scoring must have failed")
     centred = rewards - rewards.mean(-1, keepdim=True)  # [B, G]
-    scaled = centred / (rewards.std(-1, keepdim=True).clamp(min=std_floor) + 1e-4)  # [B, G]
+    std = rewards.std(-1, keepdim=True).clamp(min=std_floor)  # [B, 1]
+    # Eight times 0.7 minus their mean is 6e-8 in fp32, not 0, and Adam, which divides by the gradient's own size, could make a step of it.
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # [B, 1]
-    return scaled.masked_fill(equal, 0.0)  # else 8 x 0.7 minus its own mean is 6e-8, and not 0
+    return (centred / (std + 1e-4)).masked_fill(equal, 0.0)  # [B, G]
 
 
 def token_logps(logits, ids):
     """log pi(id | everything before it), in fp32.   logits [..., V] that predict ids [...] -> [...]"""
-    logits = logits.float()  # a sum over V in bf16 would be off by hundredths of a nat, which the ratio has in its exponent
+    logits = logits.float()  # in bf16 a sum over V is off by hundredths of a nat, and the ratio is the exp of a difference of two of these
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def kl_k3(logp, ref_logp):
     """Schulman's k3 estimate of KL(policy || reference) per token:   exp(d) - d - 1 with d = ref_logp - logp.   Never negative.
 
-    Its value estimates KL(policy || reference); as a loss its gradient is that of KL(reference || policy). The paper uses it so, and so do we.
+    (Plain -d has the same mean, but is often negative and varies more.) As a loss its gradient is that of KL(reference || policy), not of
+    KL(policy || reference), whose value it estimates. The paper uses it so, and so do we.
     """
     d = ref_logp - logp
     return d.exp() - d - 1
@@ -66,29 +72,33 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
               loss="grpo", max_length=None, total=None):
     """The clipped surrogate with a KL penalty, to be minimised.
 
-        ratio_t = pi(o_t) / pi_old(o_t)
+        ratio_t = pi(o_t) / pi_old(o_t)        of token o_t: the policy that is trained, and the one that sampled the answer
         l_t     = -min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) + beta k3_t
 
-    and the mean of l_t over tokens, which is where the named variants differ:
-        "grpo"     mean over a sequence's tokens, then over sequences                   (DeepSeekMath, eq. 3)
-        "dr_grpo"  sum / (sequences x max_length): a long answer is not diluted         (Dr. GRPO)
-        "dapo"     sum / all tokens of the batch: every token weighs the same           (DAPO)
+    averaged over tokens. The named variants differ only in how:
+        "grpo"     mean over a sequence's tokens, then over sequences: a token of a long answer weighs less      (DeepSeekMath, eq. 3)
+        "dr_grpo"  sum / (sequences x max_length): every token weighs the same, whatever the answers' lengths    (Dr. GRPO)
+        "dapo"     sum / all tokens of the batch: every token of this batch weighs the same                      (DAPO)
 
     logp, old_logp, ref_logp, mask [N, C] (mask 1 up to and including the first end of text); advantages [N].
-    `total` splits a batch into micro-batches without changing the gradient: the number of sequences (for "dapo", of tokens) in the whole
-    batch; the losses of the micro-batches then add up to that of the batch.
+    `total`: when a batch is split into micro-batches, what the whole batch would divide by: its number of sequences (for "dapo", of
+    tokens). The losses of the micro-batches then add up to the loss of the batch, and so do their gradients.
     Returns (loss, stats): `kl` mean k3 per token; `clip_high`, `clip_low` share of tokens whose gradient the clip has cut.
-    With one update per batch of samples ratio is 1 but for rounding and the clip is idle; it works from the second update (mu > 1) on.
+
+    With one update per batch of samples (mu = 1) the ratio is 1 but for rounding, and so the loss is about -mean A, which is 0. Its
+    gradient is not: at ratio 1 the gradient of ratio A is A times that of log pi, which makes the answers that are better than their
+    group likelier. The clip acts only from the second update (mu > 1) on.
     """
     mask = mask.to(logp.dtype)
     ratio = (logp - old_logp).exp()  # [N, C]
     A = advantages[:, None]  # [N, 1]
-    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, C]; min for either sign of A, as in PPO
+    # min takes the pessimistic side for either sign of A: once an answer has become likelier (A > 0) or less likely (A < 0) by more than
+    # eps, the clipped term is the smaller one, and it is constant, so nothing more is gained by going further from the sampling policy.
+    surrogate = torch.min(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)  # [N, C]
     kl = kl_k3(logp, ref_logp)  # [N, C]
     per_token = (-surrogate + beta * kl) * mask  # [N, C]
-    tokens = mask.sum(-1).clamp(min=1)  # [N]
     if loss == "grpo":
-        value = (per_token.sum(-1) / tokens).sum() / (total or len(logp))
+        value = (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / (total or len(logp))
     elif loss == "dr_grpo":
         if not max_length:
             raise ValueError('loss "dr_grpo" divides by the longest possible answer: give max_length')
@@ -97,9 +107,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
         value = per_token.sum() / (total or mask.sum().clamp(min=1))
     else:
         raise ValueError(f'unknown loss "{loss}": grpo, dr_grpo or dapo')
-    per_token_mean = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()  # noqa: E731
+    per_token_mean = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()
     with torch.no_grad():
-        stats = {"kl": per_token_mean(kl), "clip_high": per_token_mean((ratio > 1 + eps_high) & (A > 0)),
+        stats = {"kl": per_token_mean(kl), "clip_high": per_token_mean((ratio > 1 + eps_high) & (A > 0)),  # where min took the constant
                  "clip_low": per_token_mean((ratio < 1 - eps_low) & (A < 0))}
     return value, stats
 
@@ -108,20 +118,21 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x   with W frozen, A [r, in] random and B [out, r] zero, so that training starts from W x (LoRA, 4.1).
 
+    alpha / r keeps the size of the update when r changes.
     A and B are kept in fp32 whatever W is: a step of 1e-5 on a bf16 number is mostly rounded away.
     """
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        new = lambda i, o: nn.Linear(i, o, bias=False, device=base.weight.device, dtype=torch.float32)  # noqa: E731
+        new = lambda i, o: nn.Linear(i, o, bias=False, device=base.weight.device, dtype=torch.float32)
         self.base, self.lora_A, self.lora_B = base, new(base.in_features, rank), new(rank, base.out_features)
         self.rank, self.alpha, self.on = rank, alpha, True
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):  # [..., in]
         y = self.base(x)  # [..., out]
-        if self.on:
+        if self.on:  # cast at each use: what the optimizer steps stays in fp32, and the gradient flows back through the cast
             low = F.linear(x, self.lora_A.weight.to(x.dtype)) * (self.alpha / self.rank)  # [..., r]
             y = y + F.linear(low, self.lora_B.weight.to(x.dtype))  # [..., out]
         return y
@@ -141,7 +152,7 @@ def add_lora(model, rank, alpha, *, names=None):
         raise ValueError("the model has adapters already; merge_lora(model) first")
     if names is None:
         names = [name for name, module in model.named_modules()
-                 if isinstance(module, nn.Linear) and name.split(".")[-1] in LINEARS and "visual" not in name]
+                 if isinstance(module, nn.Linear) and name.split(".")[-1] in LINEARS and "visual" not in name]  # departure 2
     if not names:
         raise ValueError(f"no layer to adapt: the model has none of {', '.join(LINEARS)}")
     model.requires_grad_(False)
@@ -155,9 +166,9 @@ def add_lora(model, rank, alpha, *, names=None):
 @contextlib.contextmanager
 def lora_off(model):
     """Inside this block the model is what it was before training: the reference policy, and the listener."""
-    layers, before = list(lora_layers(model).values()), []
+    layers = list(lora_layers(model).values())
+    before = [layer.on for layer in layers]  # put back as they were, since blocks may be nested
     try:
-        before = [layer.on for layer in layers]
         for layer in layers:
             layer.on = False
         yield model
@@ -169,7 +180,7 @@ def lora_off(model):
 def merge_lora(model):
     """Fold every adapter into its weight, W + (alpha / r) B A, and take the wrapper away: a plain model for export.
 
-    Rounding to a bf16 weight loses most of a small update, so merge at the end, never to sample while training.
+    In bf16 a small update is mostly rounded away, so merge only to export, never to sample faster during training.
     """
     for layer in lora_layers(model).values():
         with torch.no_grad():
@@ -188,20 +199,20 @@ def remove_lora(model):
 
 # ------------------------------------------------------------------------------------- the adapter on disk, in PEFT's format
 PEFT_PREFIX = "base_model.model."
-NOT_HERE = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+UNSUPPORTED = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
 
 
 def write_atomically(path, write):
     """Call `write(temporary path)`, then move the result into place: whoever reads `path` sees the old file or the new one, whole.
 
-    Raises OSError when it cannot be written, whatever the writing library makes of it.
+    Raises OSError if it cannot be written, whichever exception the writing library raises itself.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else the new name could point to an empty file after a power cut
         os.replace(temporary, path)
     except (RuntimeError, SafetensorError) as error:  # a full disk, as torch and safetensors tell it
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
@@ -215,7 +226,7 @@ def write_json(path, content):
 
 
 def lora_state(model):
-    """{"<layer>.lora_A.weight": tensor, ...}: all that training changes."""
+    """{"<layer>.lora_A.weight": tensor, ...}: all that training changes. Views, not copies: tensor.copy_(...) writes into the model."""
     return {f"{name}.{part}.weight": getattr(layer, part).weight.detach()
             for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
 
@@ -253,15 +264,15 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise ValueError(f"{folder} cannot be read: adapter_config.json has no r and lora_alpha above 0")
-    wrong = [name for name in NOT_HERE if config.get(name)]
+    wrong = [name for name in UNSUPPORTED if config.get(name)]
     wrong += [f"{key} {config.get(key)}" for key, usual in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, "none") != usual]
     if wrong:
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
     tensors = {}
     for key, value in stored.items():
         key = key.removeprefix(PEFT_PREFIX)
-        tensors[key.replace("model.layers.", "model.language_model.layers.", 1) if key.startswith("model.layers.") else key] = value
-    names = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors))
+        tensors[re.sub(r"^model\.layers\.", "model.language_model.layers.", key)] = value  # from transformers before 4.52
+    names = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors))  # each layer once, in the file's order
     if not names:
         raise ValueError(f"{folder} holds no adapter: its adapter_model.safetensors is empty")
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear)) and "visual" not in name}
@@ -272,12 +283,12 @@ def load_adapter(model, folder):
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], names=names)
     mine = lora_state(model)
-    if odd := sorted(mine.keys() ^ tensors.keys()):
+    if odd := sorted(mine.keys() ^ tensors.keys()):  # what only one of the two has
         raise ValueError(f"{folder} does not fit: {len(odd)} tensors missing or unexpected, such as {odd[0]}")
     if odd := [key for key in mine if mine[key].shape != tensors[key].shape]:
         raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not {list(mine[odd[0]].shape)}")
     for key, value in mine.items():
         value.copy_(tensors[key])
     for layer in lora_layers(model).values():
-        layer.alpha = config["lora_alpha"]
+        layer.alpha = config["lora_alpha"]  # of a model that had adapters already it may be another one
     return names

@@ -7,10 +7,10 @@
     5 advantage     how much better than its G siblings is each description                                              (grpo.py)
     6 update        make the better ones likelier, staying close to the model with LoRA off                              (grpo.py)
 
-`--method repic` plays RePIC instead, the system it is compared with: stages 1, 3 and 4 are then questions whose answers a rule can verify
-(data.make_tasks, reward.py); `--method sft` is what both are compared with: no sampling, the same adapter learns given captions by heart.
-
 A claim about the background fails on the hard positive, a vague description fits the hard negatives too: what remains is what identifies.
+
+`--method repic` trains by RePIC instead, the system that RRG is compared with: stages 1, 3 and 4 are then questions whose answers a rule can
+verify (data.make_tasks, reward.py). `--method sft` is plain supervised fine-tuning of the same adapter on given captions, the other baseline.
 
     python rrg.py                                                        # the toy world, on a CPU, in a minute
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data my_photos/    # a real model and your photos, on one GPU
@@ -18,17 +18,21 @@ A claim about the background fails on the hard positive, a vague description fit
     torchrun --nproc_per_node=4 rrg.py --model ... --data ...            # several GPUs: each plays a share of every step's games
     python rrg.py --out runs/x --resume                                  # go on with a run that was stopped or killed
 
+In a hurry? `Prefix`, `prefill`, `carry_on`, `sample`, `score` and `ask` are the model; `judge`, `play`, `update` and the loop in `train` are the
+game. The rest is settings, logs and resuming.
+
 Where it departs from the paper and its authors' research code:
 1. Everything is "prefill once, continue many": a picture is encoded once per run, and each pass (sampling, reference, policy, listener)
    reads a prompt once and shares its keys and values among all continuations: the G answers, or every description put to a candidate.
-2. The listener is this network with LoRA off, so there is no second model and no server; equal questions are asked once.
+2. The listener is this network with LoRA off, so there is no second model and no server; it is asked the same question only once (`ask`).
 3. The vision tower is frozen (grpo.py, departure 2).
 4. Sampling is plain: temperature 1, no top-k, top-p or penalties, whatever the checkpoint's own defaults say (Qwen2-VL's say top_k 1, which
    makes all G samples the same), so the distribution that is sampled is the one whose log-probabilities are trained.
-5. RePIC's group is one prompt. (Its code shuffled on each GPU and drew wordings anew, so a group's answers were to different questions.)
+5. RePIC's group is one prompt. (Its code shuffles on each GPU and draws wordings anew, so a group's answers are to different questions.)
 6. SFT is the same update: one given answer a prompt, of advantage 1, without KL; its gradient is that of the cross-entropy.
 
-Shapes: B prompts, G samples a prompt, N = B*G rows, K candidates, P prompt length, C completion length, V vocabulary, D width.
+Shapes: B prompts, G samples per prompt, N = B*G rows, K candidates, P prompt length, C completion length, T tokens that continue a prompt,
+V vocabulary, D width of the language model.
 """
 import argparse
 import contextlib
@@ -61,8 +65,14 @@ import reward
 import toy
 from data import KINDS
 
-ROWS = 128  # rows that go through the model at once where no gradient is needed, and ...
-LOGITS = 2 ** 26  # ... numbers that are made of the vocabulary at once (256 MB): both bound the memory, not the result
+# Qwen2-VL's layout, for base checkpoints, which come without one
+CHAT = ("{% for m in messages %}"
+        "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ROWS = 128  # continuations in one forward pass without gradient: bounds the memory, changes no result
+LOGITS = 2 ** 26  # logits that exist at once (in fp32 256 MB): likewise
 
 
 # ------------------------------------------------------------------------------------------------------- several processes
@@ -79,15 +89,15 @@ def gather(rows):
     return sum(parts, [])
 
 
-def my_part(games):
-    """This process's part of a list: equally many for all of them but for the last ones."""
+def my_part(items):
+    """This process's part of a list or tensor. All parts are equally long, but the last ones may be shorter or empty."""
     rank, world = ranks()
-    size = -(-len(games) // world)
-    return games[rank * size:(rank + 1) * size]
+    size = -(-len(items) // world)  # rounded up
+    return items[rank * size:(rank + 1) * size]
 
 
 def add_up(tensors):
-    """Replace tensors by their sums over all processes, in one message."""
+    """Replace tensors by their sums over all processes, in one message. Sums, not means: losses are divided by the count of all (`update`)."""
     if ranks()[1] > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -98,27 +108,26 @@ def add_up(tensors):
 # ---------------------------------------------------------------------------- the model: two primitives, prefill and carry_on
 @dataclass
 class Prefix:
-    """B prompts that the model has read: their keys and values, which of the P places are real [B, P] (None: all), the position that
-    comes next [B], and the last hidden state [B, D], which predicts the first continuation token."""
-    cache: DynamicCache
-    mask: torch.Tensor | None
-    next: torch.Tensor
-    last: torch.Tensor
+    """B prompts that the model has read, ready to be continued."""
+    cache: DynamicCache  # per layer keys and values [B, heads, P, head size]
+    mask: torch.Tensor | None  # [B, P], 0 on padding; None: there is none
+    position: torch.Tensor  # [B], of the next token. Not P: padding does not count, and a picture of h x w tokens moves it on by max(h, w)
+    last: torch.Tensor  # [B, D], the hidden state that predicts the next token
 
-    def rows(self, index):
-        """The prefix of row `index[n]` for each continuation n: copies of keys and values that were computed once; gradients flow back to them."""
+    def take(self, index):
+        """The prefix of row `index[n]` for each continuation n: copies of what was computed once, through which gradients flow back to it."""
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[index], layer.values[index], i)
-        return Prefix(cache, None if self.mask is None else self.mask[index], self.next[index], self.last[index])
+        return Prefix(cache, None if self.mask is None else self.mask[index], self.position[index], self.last[index])
 
 
 @dataclass
 class Answers:
-    """N sampled answers: token ids [N, C], mask [N, C] (1 through the first end of text), log-probs at sampling time [N, C], texts."""
-    ids: torch.Tensor
-    mask: torch.Tensor
-    logps: torch.Tensor
+    """N answers of at most C tokens, and the same as texts."""
+    ids: torch.Tensor  # [N, C]
+    mask: torch.Tensor  # [N, C], true up to and including the token that ends the answer
+    logps: torch.Tensor | None  # [N, C], log-probs at the time of sampling
     texts: list
 
 
@@ -134,30 +143,31 @@ class MLLM:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(name, max_pixels=max_pixels)
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            # eval() for good: dropout would make the policy that is trained differ from the one that was sampled.
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self.device).eval()
         except OSError as error:
             raise data.DataError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from error
         self.model.requires_grad_(False)
         self.decoder, self.config = self.model.model.language_model, self.model.config
-        if not self.tokenizer.chat_template:
-            raise data.DataError(f"{name} has no chat template; take the -Instruct checkpoint of its family")
+        self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT
         ends = self.model.generation_config.eos_token_id  # one id, a list, or None; Qwen2-VL-Instruct has two
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
-        self.ends = torch.tensor(sorted(ends - {None, self.tokenizer.unk_token_id}), device=self.device)
-        self.image = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
-        spell = lambda word: sorted({ids[0] for w in (word, word.title(), word.upper()) for text in (w, " " + w)  # noqa: E731
-                                     if len(ids := self.encode(text)) == 1 and ids[0] != self.tokenizer.unk_token_id})
-        self.yes, self.no = spell("yes"), spell("no")
+        self.ends = torch.tensor(sorted(ends - {None, self.tokenizer.unk_token_id}), device=self.device)  # any of them ends an answer
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        self.special_tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        # yes, Yes and YES, each with and without a space before it, where that is a single token
+        spellings = lambda word: [self.encode(space + spelled) for spelled in (word, word.title(), word.upper()) for space in ("", " ")]
+        single = lambda word: sorted({ids[0] for ids in spellings(word) if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id})
+        self.yes, self.no = single("yes"), single("no")
         if not self.yes or not self.no:
             raise data.DataError(f"{name} has no single token for yes or no, so it cannot be asked")
-        self.seen = {}  # photo -> (features [tokens, D], grid [3])
+        self.features = {}  # photo -> (features [tokens, D], grid [3])
 
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def check(self, texts):
-        """The toy model knows few words. Raise DataError on the first text with another one: guessing around it would hide a mistake."""
+        """Raise DataError on the first text with a word that the model does not know, as the toy model knows few: it would be read as nothing."""
         unknown = self.tokenizer.unk_token_id
         for text in texts if unknown is not None else ():
             if unknown in self.encode(text):
@@ -165,7 +175,7 @@ class MLLM:
                                      "for real things give a real --model; after a change of prompts rebuild it with python toy.py")
 
     def each(self, rows, times=1):
-        """0 .. rows - 1, each `times` times in a row."""
+        """Row numbers, each repeated: each(2, 3) = [0, 0, 0, 1, 1, 1]."""
         return torch.arange(rows, device=self.device).repeat_interleave(times)
 
     def chat(self, *content):
@@ -176,17 +186,19 @@ class MLLM:
     @torch.no_grad()
     def look(self, photos, progress=False):
         """[(features [tokens, D], grid [3]), ...] of the photos. The tower is frozen: each is encoded once and remembered."""
-        new = [photo for photo in dict.fromkeys(photos) if photo not in self.seen]
+        new = [photo for photo in dict.fromkeys(photos) if photo not in self.features]
         for start in tqdm(range(0, len(new), 16), desc="looking at the photos", disable=not progress):
             batch = new[start:start + 16]
             pixels = self.processor(images=[photo.open() for photo in batch], return_tensors="pt").to(self.device)
-            features = self.model.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
-            self.seen |= zip(batch, zip(features, pixels["image_grid_thw"]))
-        return [self.seen[photo] for photo in photos]
+            features = self.model.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output  # ([tokens, D], ...)
+            self.features |= zip(batch, zip(features, pixels["image_grid_thw"]))
+        return [self.features[photo] for photo in photos]
 
     def size(self, photo):
         """(width, height) in pixels of a photo as the model sees it."""
-        return tuple(self.config.vision_config.patch_size * n for n in self.look([photo])[0][1].tolist()[:0:-1])  # of its grid (time, height, width)
+        [(_, grid)], patch = self.look([photo]), self.config.vision_config.patch_size
+        _, height, width = grid.tolist()  # in patches
+        return width * patch, height * patch
 
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: what similarity is measured with."""
@@ -196,57 +208,70 @@ class MLLM:
         """Read B prompts once. texts [B] with an image marker for each picture, photos [B] lists of the pictures -> Prefix."""
         self.look([photo for group in photos for photo in group])  # all that are new at once
         views = [self.look(group) for group in photos]
-        full = []
+        full = []  # one marker per picture becomes one marker per image token: "<image>Describe" -> 16 x "<image>", "Describe"
         for text, group in zip(texts, views, strict=True):
-            first, *rest = text.split(self.image)  # one marker a picture becomes one marker an image token
-            full.append(first + "".join(self.image * len(f) + part for (f, _), part in zip(group, rest, strict=True)))
+            first, *rest = text.split(self.image_token)
+            full.append(first + "".join(self.image_token * len(f) + part for (f, _), part in zip(group, rest, strict=True)))
+        # Padding goes to the left, so that every prompt ends at place -1 and its continuation follows without a gap.
         batch = self.tokenizer(full, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, P]
         self.check(set(full))
         is_image = ids == self.config.image_token_id
         embeds = self.decoder.embed_tokens(ids)  # [B, P, D]
         grids = None
-        if is_image.any():
+        if is_image.any():  # the features of all pictures take the places of their markers, in the order of reading
             embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
             grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
         # Positions are always given: without them transformers silently counts in one dimension or reuses those of the last call.
         positions, _ = self.model.model.get_rope_index(  # [3, B, P]
             ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)
-        mask = None if mask.all() else mask
+        mask = None if mask.all() else mask  # without one, attention takes its faster kernel
+        # The decoder alone, without lm_head: nobody wants V logits for each of the prompt's tokens.
         out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                            past_key_values=DynamicCache(), use_cache=True)
-        return Prefix(out.past_key_values, mask, positions.amax((0, 2)) + 1, out.last_hidden_state[:, -1])
+        position = positions.amax((0, 2)) + 1  # [B], one past the largest on any of the axes time, height and width
+        return Prefix(out.past_key_values, mask, position, out.last_hidden_state[:, -1])
 
     def carry_on(self, prefix, ids, mask=None):
-        """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. The prefix grows by T places, of which
-        mask [N, T] says which are real (None: all)."""
+        """Continue each row of a prefix with tokens ids [N, T] -> hidden states [N, T, D]. mask [N, T] says which are real (None: all).
+
+        The prefix itself grows by T places (cache, mask, position); what `last` should be now is left to the caller.
+        """
         if mask is not None and prefix.mask is None:
             prefix.mask = mask.new_ones(len(ids), prefix.cache.get_seq_length())  # [N, P]
         mask = torch.ones_like(ids) if mask is None else mask
-        places = prefix.next[:, None] + mask.cumsum(1) - 1  # [N, T]
+        positions = prefix.position[:, None] + mask.cumsum(1) - 1  # [N, T]; padding repeats one, but nothing attends to it
         if prefix.mask is not None:
             prefix.mask = torch.cat([prefix.mask, mask], 1)  # [N, P + T]
-        prefix.next = prefix.next + mask.sum(1)
-        return self.decoder(inputs_embeds=self.decoder.embed_tokens(ids), attention_mask=prefix.mask, position_ids=places.expand(3, -1, -1),
+        prefix.position = prefix.position + mask.sum(1)
+        positions = positions.expand(3, -1, -1)  # [3, N, T]; text moves on along all three axes
+        return self.decoder(inputs_embeds=self.decoder.embed_tokens(ids), attention_mask=prefix.mask, position_ids=positions,
                             past_key_values=prefix.cache, use_cache=True).last_hidden_state
 
     # ------------------------------------------------------------------------------------------- what the players do with them
+    # speak    samples of answers to prompts                        the speaker, in training
+    # tell     greedy answers to any number of prompts              the speaker, in evaluation
+    # score    log-probs of given answers                           policy and reference
+    # ask      texts put to photos: prefixes about to answer        shared by the last two:
+    # listen     the belief, read off the first token's logits      the listener
+    # reply      the greedy answers                                 the assistant of evaluate.py
     @torch.no_grad()
-    def sample(self, prefix, most, generator=None):
-        """Sample one answer of at most `most` tokens for each row of a prefix, at temperature 1; greedily where there is no generator."""
+    def sample(self, prefix, max_tokens, generator=None):
+        """Sample one answer of at most `max_tokens` tokens for each row of a prefix, at temperature 1; greedily where there is no generator."""
         hidden, done = prefix.last, torch.zeros(len(prefix.last), dtype=torch.bool, device=self.device)  # [N, D], [N]
         ids, logps, mask = [], [], []
-        while len(ids) < most and not done.all():
+        while len(ids) < max_tokens and not done.all():
             if ids:
                 hidden = self.carry_on(prefix, ids[-1][:, None])[:, -1]  # [N, D]
             logp = self.model.lm_head(hidden).float().log_softmax(-1)  # [N, V]
             if generator is None:
                 token = logp.argmax(-1, keepdim=True)  # [N, 1]
-            else:  # where a uniform number falls among the summed chances; multinomial would draw a number for each word there is
-                cdf = logp.exp().cumsum(-1)  # [N, V]
-                draw = my_part(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1] of all processes' rows
+            else:  # the token at which the summed probabilities pass a uniform number; multinomial would draw V numbers a row
+                cdf = logp.exp().cumsum(-1)  # [N, V]; its end is not quite 1, hence the product below
+                # Each process draws for the rows of all and keeps its own: samples do not depend on the number of processes.
+                draw = my_part(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1]
                 token = torch.searchsorted(cdf, draw * cdf[:, -1:])  # [N, 1]
-            mask.append(~done)
+            mask.append(~done)  # before `done` changes, since the token that ends an answer is learned too
             ids.append(torch.where(done, self.ends[0], token.squeeze(1)))
             logps.append(logp.gather(1, token).squeeze(1))
             done = done | torch.isin(ids[-1], self.ends)
@@ -254,20 +279,21 @@ class MLLM:
         texts = [self.tokenizer.decode(row[kept & ~torch.isin(row, self.ends)]) for row, kept in zip(ids, mask)]
         return Answers(ids, mask, logps, texts)
 
-    def speak(self, prompts, samples=1, most=128, generator=None):
-        """Answer each of B prompts (photos, text) `samples` times -> Answers, N = B * samples rows, a prompt's samples together."""
+    def speak(self, prompts, samples=1, max_tokens=128, generator=None):
+        """Stage 2: answer each of B prompts (photos, text) `samples` times -> Answers, whose row b * samples + g is answer g to prompt b."""
         with torch.no_grad():
             prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
-        return self.sample(prefix.rows(self.each(len(prompts), samples)), most, generator)
+        return self.sample(prefix.take(self.each(len(prompts), samples)), max_tokens, generator)
 
-    def tell(self, prompts, most=128, progress=None):
+    def tell(self, prompts, max_tokens=128, progress=None):
         """The greedy answers to any number of prompts (photos, text) -> texts."""
         starts = tqdm(range(0, len(prompts), 32), desc=progress, leave=False, disable=not progress)
-        return sum([self.speak(prompts[i:i + 32], most=most).texts for i in starts], [])
+        return sum([self.speak(prompts[i:i + 32], max_tokens=max_tokens).texts for i in starts], [])
 
-    def read_out(self, texts):
+    def as_answers(self, texts):
         """Given texts in the form of sampled ones -> Answers, whose log-probs are yet to be scored."""
         self.check(texts)
+        # Padding goes to the right: like sampled answers these begin at place 0 and are masked after their end.
         rows = self.tokenizer([text + self.tokenizer.eos_token for text in texts], add_special_tokens=False, padding=True, padding_side="right",
                               return_tensors="pt").to(self.device)
         return Answers(rows["input_ids"], rows["attention_mask"].bool(), None, texts)
@@ -275,57 +301,60 @@ class MLLM:
     def score(self, prompts, ids):
         """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B prompts."""
         prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
-        prefix = prefix.rows(self.each(len(prompts), len(ids) // len(prompts)))
+        prefix = prefix.take(self.each(len(prompts), len(ids) // len(prompts)))
+        # What predicts token t is the state before it: for the first the prompt's last one, for the others those of ids[:, :-1]. No mask is
+        # needed, since what comes after the end of an answer is not seen by anything before it, and the loss leaves it out.
         hidden = prefix.last[:, None]  # [N, 1, D]
         if ids.shape[1] > 1:
             hidden = torch.cat([hidden, self.carry_on(prefix, ids[:, :-1])], 1)  # [N, C, D]
-        # Logits [N, C, V] are the largest tensor of all by far. So they are made a few at a time, and again in the backward pass.
-        logps = lambda h, i: grpo.token_logps(self.model.lm_head(h), i)  # noqa: E731
-        few = max(1, LOGITS // self.model.lm_head.out_features)
-        parts = zip(hidden.flatten(0, 1).split(few), ids.flatten().split(few))
+        # Logits [N, C, V] would be the largest tensor of all by far. So they are made a few rows at a time, and again in the backward pass.
+        logps = lambda h, i: grpo.token_logps(self.model.lm_head(h), i)  # [rows, D], [rows] -> [rows]
+        at_once = max(1, LOGITS // self.model.lm_head.out_features)
+        parts = zip(hidden.flatten(0, 1).split(at_once), ids.flatten().split(at_once))
         return torch.cat([checkpoint(logps, h, i, use_reentrant=False) for h, i in parts]).view_as(ids)
 
     @torch.no_grad()
     def ask(self, prompt, pairs):
-        """Put texts to photos, each in the middle of a prompt (before, after). pairs [(photo, text)]; a photo's prefix is read once.
+        """Ask about photos: pairs [(photo, text)], whose text stands between the two parts of a prompt (before, after).
 
-        Yields (some of the distinct pairs, the Prefix of their rows, about to answer), until each pair had its turn.
+        Yields (some of the distinct pairs, the Prefix of their rows, about to answer), until each pair has had its turn.
         """
+        # The chat is cut where the texts go: its head, the same for all, is read once per photo; text and tail are read per pair.
         head, tail = self.chat(None, prompt[0], "\0", prompt[1]).split("\0")
         self.check([tail])
-        asked = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[1]))  # of like length, so that there is little padding
+        distinct = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[1]))  # by length, so that there is little padding
         photos = list(dict.fromkeys(photo for photo, _ in pairs))
         for start in range(0, len(photos), ROWS):
-            part = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
-            prefix = self.prefill([head] * len(part), [[photo] for photo in part])
-            mine = [pair for pair in asked if pair[0] in part]
-            for chunk in (mine[i:i + ROWS] for i in range(0, len(mine), ROWS)):
+            row_of = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
+            prefix = self.prefill([head] * len(row_of), [[photo] for photo in row_of])
+            asked = [pair for pair in distinct if pair[0] in row_of]
+            for chunk in (asked[i:i + ROWS] for i in range(0, len(asked), ROWS)):
                 rows = self.tokenizer([text + tail for _, text in chunk], add_special_tokens=False, padding=True, padding_side="left",
-                                      return_tensors="pt").to(self.device)
+                                      return_tensors="pt").to(self.device)  # left: as in prefill
                 ids, mask = rows["input_ids"], rows["attention_mask"]  # [N, T], [N, T]
-                mine_now = prefix.rows(torch.tensor([part[photo] for photo, _ in chunk], device=self.device))
-                mine_now.last = self.carry_on(mine_now, ids, None if mask.all() else mask)[:, -1]  # [N, D]
-                yield chunk, mine_now
+                branch = prefix.take(torch.tensor([row_of[photo] for photo, _ in chunk], device=self.device))  # a copy: the next chunk wants it again
+                branch.last = self.carry_on(branch, ids, None if mask.all() else mask)[:, -1]  # [N, D]
+                yield chunk, branch
 
     def listen(self, pairs, frozen=True):
-        """How well does each description fit its photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. `frozen`: with LoRA off."""
-        pairs, rho = [(photo, reward.quoted(text, self.markers)) for photo, text in pairs], {}
+        """Stage 3: does the description fit the photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. `frozen`: with LoRA off."""
+        pairs, rho = [(photo, reward.quoted(text, self.special_tokens)) for photo, text in pairs], {}
         with grpo.lora_off(self.model) if frozen else contextlib.nullcontext():
             for chunk, prefix in self.ask(reward.LISTEN, pairs):
-                rho |= zip(chunk, reward.fit(self.model.lm_head(prefix.last), self.yes, self.no).tolist())
+                rho |= zip(chunk, reward.belief(self.model.lm_head(prefix.last), self.yes, self.no).tolist())
         return torch.tensor([rho[pair] for pair in pairs])
 
-    def reply(self, prompt, pairs, most=128, progress=None):
-        """The greedy answers to `prompt`, of at most `most` tokens, for pairs [(photo, text)] -> texts [len(pairs)]."""
+    def reply(self, prompt, pairs, max_tokens=128, progress=None):
+        """The greedy answers to `prompt`, of at most `max_tokens` tokens, for pairs [(photo, text)] -> texts [len(pairs)]."""
         texts = {}
         with tqdm(total=len(set(pairs)), desc=progress, leave=False, disable=not progress) as bar:
             for chunk, prefix in self.ask(prompt, pairs):
-                texts |= zip(chunk, self.sample(prefix, most).texts)
+                texts |= zip(chunk, self.sample(prefix, max_tokens).texts)
                 bar.update(len(chunk))
         return [texts[pair] for pair in pairs]
 
     def compare(self, photos, texts):
-        """Similarity [P, T] of photos and texts: the listener's own belief, which is known to be a good one (VQAScore, ECCV 2024)."""
+        """Similarity of photos and texts [photos, texts]: the listener's belief, a strong measure of it (as in VQAScore, ECCV 2024)."""
         starts = tqdm(range(0, len(photos), 16), desc="comparing photos and words", leave=False)
         return torch.cat([self.listen([(photo, text) for photo in photos[i:i + 16] for text in texts]) for i in starts]).view(-1, len(texts))
 
@@ -387,14 +416,15 @@ def settings(argv=None):
     for option in dataclasses.fields(Config):
         note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
         note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out", "embedder") else ""
-        choices, kind = option.metadata.get("choices"), {"model": "DIR", "data": "DIR", "out": "DIR", "embedder": "CLIP"}
+        choices, metavars = option.metadata.get("choices"), {"model": "DIR", "data": "DIR", "out": "DIR", "embedder": "CLIP"}
         parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
-                            metavar=None if choices else kind.get(option.name, option.type.__name__.upper()), help=option.metadata["help"] + note)
+                            metavar=None if choices else metavars.get(option.name, option.type.__name__.upper()), help=option.metadata["help"] + note)
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))
     if not given.pop("resume"):
-        config = Config(**(TOY if toy.is_toy(given.get("model", toy.FOLDER)) else {}) | (SFT if given.get("method") == "sft" else {}) | given)
+        usual = (TOY if toy.is_toy(given.get("model", toy.FOLDER)) else {}) | (SFT if given.get("method") == "sft" else {})
+        config = Config(**usual | given)  # what is given wins
         config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
         for name in ("samples", "k", "steps", "games", "mu", "micro", "max_tokens", "save_every", "eval_games", "rank"):
             least = 2 if name in ("samples", "k") and config.method != "sft" else 1
@@ -419,7 +449,7 @@ def settings(argv=None):
 def shares(config):
     """{kind of task: its share}: of RePIC as --mix and --without say; SFT has the captions only."""
     leave = {"sft": ("oct", "vlt"), "repic": (config.without,)}.get(config.method, ())
-    return {kind: float(share) * (kind.split("_")[-1] not in leave) for kind, share in zip(KINDS, config.mix.split(","))}
+    return {kind: 0.0 if kind.split("_")[-1] in leave else float(share) for kind, share in zip(KINDS, config.mix.split(","))}
 
 
 # ---------------------------------------------------------------------------------------------------------------- the game
@@ -429,7 +459,7 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
     "listener_reward": "what the listener's choice pays",
     "format_reward": "0.34 + 0.33 + 0.33 for the well-formed fields",
     "length_reward": "1/3 for the coarse phrase, 2/3 for the detailed sentence having the length that was asked for",
-    "identification": "share of answers from which the listener picks the hard positive; unparsed answers count as wrong",
+    "listener_accuracy": "share of answers from which the listener picks the hard positive; unparsed ones count as wrong",
     "parsed": "share of answers that are well formed",
     "oracle": "toy only: share of answers whose every claim holds for the hard positive and for none of the negatives; never trained on",
     "leakage": "toy only: share of answers that mention place, pose or light",
@@ -446,35 +476,40 @@ METRICS = {  # the columns of metrics.csv, in words; all are means over the answ
 }
 
 
-def judge(mllm, games, texts, config):
-    """Stages 3 and 4 for `texts`, equally many a game in the order of `games`.
+# What result.json calls the means of these columns over greedy answers in held-out games
+HELD_OUT = dict(identification="listener_accuracy", oracle="oracle", leakage="leakage", coverage="coverage", parsed="parsed")
 
-    Returns N rows of {text, reward, rho (None if unparsed), identification, ...}: what each earned, and how.
+
+def judge(mllm, games, texts, config):
+    """Stages 3 and 4 for `texts`, equally many per game, in the order of `games`.
+
+    Returns N rows of {text, reward, rho (None if unparsed), listener_accuracy, ...}: what each earned, and how.
     """
-    games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]
-    parsed = [reward.parse(text) for text in texts]
-    asked = [(photo, answer.text) for game, answer in zip(games, parsed) if answer for photo in game.pool]
-    rho = iter(mllm.listen(asked, config.listener == "frozen").view(-1, len(games[0].pool)) if asked else [])
+    games = [game for game in games for _ in range(len(texts) // len(games))]  # [N]: each game once per text
+    descriptions = [reward.parse(text) for text in texts]
+    asked = [(photo, description.text) for game, description in zip(games, descriptions) if description for photo in game.pool]
+    rho = iter(mllm.listen(asked, config.listener == "frozen").view(-1, len(games[0].pool)) if asked else [])  # [those that parsed, K]
     rows = []
-    for game, text, answer in zip(games, texts, parsed):
+    for game, text, description in zip(games, texts, descriptions):
         row = dict(text=text, rho=None, listener_reward=0.0, format_reward=reward.format_reward(text), length_reward=0.0,
-                   identification=0.0, parsed=float(bool(answer)))
-        if answer:
+                   listener_accuracy=0.0, parsed=float(bool(description)))
+        if description:
             belief = next(rho)  # [K]
-            pay, right = reward.listener_reward(belief[None], torch.tensor([game.answer]), config.reward)
-            row |= dict(rho=belief.tolist(), listener_reward=pay.item(), length_reward=reward.length_reward(answer), identification=float(right))
+            pay, right = reward.listener_reward(belief[None], torch.tensor([game.answer]), config.reward)  # a batch of one
+            row |= dict(rho=belief.tolist(), listener_reward=pay.item(), length_reward=reward.length_reward(description),
+                        listener_accuracy=float(right))
         row["reward"] = sum(getattr(config, f"{part}_weight") * row[f"{part}_reward"] for part in ("listener", "format", "length"))
-        if game.target.truth:
-            said = answer.text if answer else ""
+        if game.target.truth:  # the toy world: only to measure, never a reward
+            said = description.text if description else ""
             fits = [toy.oracle(said, photo.truth) for photo in game.pool]
-            row |= dict(oracle=float(bool(answer) and fits[game.answer] and sum(fits) == 1), leakage=float(toy.leaks(said)),
-                        coverage=toy.coverage(said))
+            row |= dict(oracle=float(bool(description) and fits[game.answer] and sum(fits) == 1),  # it fits the positive and nothing else
+                        leakage=float(toy.leaks(said)), coverage=toy.coverage(said))
         rows.append(row)
     return rows
 
 
 def verify(mllm, tasks, texts, config):
-    """RePIC's stages 3 and 4, as `judge`: rows of {text, reward, the task's kind: the same reward}."""
+    """RePIC's stages 3 and 4, as `judge`: rows of {text, reward, and the reward again by the name of the task's kind: a column for each}."""
     tasks, rows = [task for task in tasks for _ in range(len(texts) // len(tasks))], []  # [N]
     for task, text in zip(tasks, texts):
         if task.kind == "oct":
@@ -487,7 +522,7 @@ def verify(mllm, tasks, texts, config):
     return rows
 
 
-def prompt(game):
+def speaker_prompt(game):
     """A game, or one of RePIC's tasks, as the speaker is asked -> (photos, text)."""
     return ([game.target], reward.SPEAK) if isinstance(game, data.Game) else (game.photos, game.text)
 
@@ -505,35 +540,35 @@ def mean(rows, key):
 
 def play(mllm, games, step, config):
     """Stages 2 to 5 -> (answers, their reference log-probs [N, C], advantages [N], rows for the log)."""
-    def score(ids):
+    def score(ids):  # in the micro-batches of the update, so that the memory is bounded alike
         with torch.no_grad():
             return torch.cat([mllm.score(*part) for part in micro_batches(games, config, ids)])
 
     if config.method == "sft":
-        answers = mllm.read_out(written(mllm, games, config.max_tokens))
+        answers = mllm.as_answers(given_captions(mllm, games, config.max_tokens))
         answers.logps = score(answers.ids)  # [N, C]
     else:
-        generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)
-        answers = mllm.speak([prompt(game) for game in games], config.samples, config.max_tokens, generator)
+        generator = torch.Generator(mllm.device).manual_seed(config.seed * 1_000_003 + step)  # no two (seed, step) alike
+        answers = mllm.speak([speaker_prompt(game) for game in games], config.samples, config.max_tokens, generator)
     with grpo.lora_off(mllm.model):
         ref_logps = score(answers.ids)  # [N, C]
     rows = (judge if config.method == "rrg" else verify)(mllm, games, answers.texts, config)
     for row, logps, mask in zip(rows, answers.logps, answers.mask):
         row |= dict(nll=-logps[mask].mean().item(), completion_length=mask.sum().item())
     if config.method == "sft":
-        return answers, ref_logps, torch.ones(len(games), device=mllm.device), rows
+        return answers, ref_logps, torch.ones(len(games), device=mllm.device), rows  # advantages of 1: departure 6
     rewards = torch.tensor([row["reward"] for row in rows], device=mllm.device).view(-1, config.samples)  # [B, G]
     return answers, ref_logps, grpo.group_advantages(rewards, std_floor=config.std_floor).flatten(), rows
 
 
-def written(mllm, tasks, most):
+def given_captions(mllm, tasks, max_tokens):
     """The captions that SFT learns of the tasks' last pictures: in the toy world the truth, elsewhere what the model with LoRA off says of
-    each photo in at most `most` tokens, with the name before it."""
+    each photo in at most `max_tokens` tokens, with the name before it."""
     photos = list(dict.fromkeys(photo for task in tasks for _, photo in task.things))
     if photos[0].truth:
         return [" ".join(toy.clause(name, photo.truth) for name, photo in task.things) for task in tasks]
     with grpo.lora_off(mllm.model):
-        said = dict(zip(photos, mllm.tell([([photo], "Give a caption of this picture.") for photo in photos], most)))
+        said = dict(zip(photos, mllm.tell([([photo], "Give a caption of this picture.") for photo in photos], max_tokens)))
     return [" ".join(f"{name}: {said[photo]}" for name, photo in task.things) for task in tasks]
 
 
@@ -542,28 +577,30 @@ def micro_batches(games, config, *tensors):
     for start in range(0, len(games), config.micro):
         part = games[start:start + config.micro]
         rows = slice(start * config.samples, (start + len(part)) * config.samples)
-        yield [prompt(game) for game in part], *(tensor[rows] for tensor in tensors)
+        yield [speaker_prompt(game) for game in part], *(tensor[rows] for tensor in tensors)
 
 
 def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
     """Stage 6: `mu` updates on one batch of answers -> means of the loss's stats and the norm of the gradient."""
-    tokens = sum(gather([answers.mask.sum().item()]))
+    tokens = sum(gather([answers.mask.sum().item()]))  # of all processes, as is the total
+    # Every loss is divided by the total of all processes and micro-batches. So gradients are simply added up, and what comes out is what one
+    # process with all the games would get.
     total = tokens if config.loss == "dapo" else len(answers.ids) * ranks()[1]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kl, clipped, grad_norm = torch.zeros((), device=mllm.device), torch.zeros((), device=mllm.device), 0.0
     for _ in range(config.mu):
         for prompts, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
-            loss, stats = grpo.grpo_loss(
-                mllm.score(prompts, ids), old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
-                loss=config.loss, max_length=config.max_tokens, total=total)
+            logps = mllm.score(prompts, ids)  # [micro * G, C], the one pass with gradients
+            loss, stats = grpo.grpo_loss(logps, old, ref, A, mask, eps_low=config.eps_low, eps_high=config.eps_high, beta=config.beta,
+                                         loss=config.loss, max_length=config.max_tokens, total=total)
             loss.backward()
-            part = mask.sum() / tokens / config.mu
-            kl += part * stats["kl"]
-            clipped += part * (stats["clip_high"] + stats["clip_low"])
+            weight = mask.sum() / tokens / config.mu  # this micro-batch's share of all tokens and updates
+            kl += weight * stats["kl"]
+            clipped += weight * (stats["clip_high"] + stats["clip_low"])
         add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         grad_norm += norm.item() / config.mu
-        if not norm.isfinite():
+        if not norm.isfinite():  # before the step, so that the adapters that were saved last stay good
             raise FloatingPointError("the gradient is not finite; start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
@@ -574,10 +611,10 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
 def measure(mllm, games, config):
     """Greedy answers in held-out games or tasks -> (figures as fractions, None where unknown; the rows they are means of)."""
     games = my_part(games)
-    texts = mllm.tell([prompt(game) for game in games], config.max_tokens, "playing held-out games")
-    grade, names = (judge, ("identification", "oracle", "leakage", "coverage", "parsed")) if config.method == "rrg" else (verify, KINDS)
-    rows = gather(grade(mllm, games, texts, config) if games else [])
-    return {name: mean(rows, name) for name in names}, rows
+    texts = mllm.tell([speaker_prompt(game) for game in games], config.max_tokens, "playing held-out games")
+    rows = gather((judge if config.method == "rrg" else verify)(mllm, games, texts, config) if games else [])
+    names = HELD_OUT if config.method == "rrg" else {kind: kind for kind in KINDS}
+    return {name: mean(rows, key) for name, key in names.items()}, rows
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
@@ -589,42 +626,44 @@ def load_world(mllm, folder, seed):
 
 
 def side(mllm):
-    """Pixels of a toy picture, and of a photo in a scene: as the toy tower knows them, or 64 image tokens of a real one."""
-    return toy.SIDE if mllm.config.vision_config.patch_size == 8 else 224
+    """Pixels of a toy picture, and of a photo in a scene: as the toy's tower knows them, or 8 x 8 image tokens of a real one."""
+    return toy.SIDE if mllm.config.vision_config.patch_size == 8 else 224  # only the toy has patches of 8 pixels
 
 
 def phrase(concept):
     """What a thing is called by somebody who does not know its name: what it looks like in the toy world, else its category."""
-    truth = concept.photos[0].truth
-    return toy.phrase(truth) if truth else concept.category if concept.category != "object" else re.sub(r"[\W\d_]+", " ", concept.name).strip()
+    if truth := concept.photos[0].truth:
+        return toy.phrase(truth)
+    return concept.category if concept.category != "object" else re.sub(r"[\W\d_]+", " ", concept.name).strip()  # "blue_mug2": "blue mug"
 
 
 def set_up(config, mllm):
     """Stage 1: concepts, splits and games -> (training games, held-out games of seen categories, of unseen ones)."""
     concepts, unseen = load_world(mllm, config.data, config.seed)
-    parts = data.split_concepts(concepts, config.seed, unseen)
+    known, *held_out = data.split_concepts(concepts, config.seed, unseen)  # held_out: of seen and of unseen categories
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
-    if config.method != "rrg":
-        make = lambda part, shares, count, seed: data.make_tasks(part, shares, count, reward.REPIC, phrase, side(mllm), seed)  # noqa: E731
-        train = make(parts[0], shares(config), config.steps * config.games, config.seed)  # each is met once
-        held = [sum([make(part, {kind: 1.0}, config.eval_games, f"held out {config.seed} {kind}") for kind in KINDS], []) if len(part) > 1 else []
-                for part in parts[1:]]
-    else:
+    if config.method == "rrg":
         embeddings = (data.Clip(config.embedder, mllm.device) if config.embedder else mllm).embed(photos)
-        how = dict(negatives=config.negatives, positive=config.positive)
-        train = data.mine_games(parts[0], embeddings, config.k, config.seed, **how)
-        held = [data.mine_games(part, embeddings, config.k, config.seed, rivals=concepts) for part in parts[1:]]  # measured on hard games, always
-        held = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in held]
-    print(f"{len(concepts)} concepts: {len(parts[0])} to train on ({len(train)} games), {len(parts[1])} held out ({len(held[0])} games), "
-          f"{len(parts[2])} of unseen categories ({len(held[1])} games)")
-    return train, *held
+        train = data.mine_games(known, embeddings, config.k, config.seed, negatives=config.negatives, positive=config.positive)
+        # Always measured in hard games, in which every other concept may be a rival, since those that are held out are few.
+        exams = [data.mine_games(part, embeddings, config.k, config.seed, rivals=concepts) for part in held_out]
+        exams = [random.Random(f"held out {config.seed}").sample(games, min(len(games), config.eval_games)) for games in exams]
+    else:
+        make = lambda part, shares, count, seed: data.make_tasks(part, shares, count, reward.REPIC, phrase, side(mllm), seed)
+        train = make(known, shares(config), config.steps * config.games, config.seed)  # each is met once
+        exams = [sum([make(part, {kind: 1.0}, config.eval_games, f"held out {config.seed} {kind}") for kind in KINDS], []) if len(part) > 1 else []
+                 for part in held_out]
+    print(f"{len(concepts)} concepts: {len(known)} to train on ({len(train)} games), {len(held_out[0])} held out ({len(exams[0])} games), "
+          f"{len(held_out[1])} of unseen categories ({len(exams[1])} games)")
+    return train, *exams
 
 
-def examine(mllm, seen, unseen, config):
+def exam(mllm, seen, unseen, config):
     """-> {"figures": the part of result.json, "examples": what is said in six held-out games, of different categories or kinds first}."""
     figures, rows = measure(mllm, seen, config)
     figures["unseen"] = measure(mllm, unseen, config)[0] if unseen else None
+    # The first game of each category or task of each kind: going backwards, the first one is what the dictionary keeps.
     first = {game.category if isinstance(game, data.Game) else game.kind: i for i, game in reversed(list(enumerate(seen)))}
     places = (sorted(first.values()) + [i for i in range(len(seen)) if i not in first.values()])[:6]
     return {"figures": figures, "examples": [seen[i].record() | {"text": rows[i]["text"], "rho": rows[i].get("rho")} for i in places]}
@@ -652,7 +691,7 @@ def restore(out, mllm, optimizer):
     """Put adapters and optimizer back as they were saved, cut the logs there -> {"step", "seconds", "before"} of the saved run."""
     state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
     for name, value in grpo.lora_state(mllm.model).items():
-        value.copy_(state["lora"][name])
+        value.copy_(state["lora"][name])  # into the model: lora_state gives views of its weights
     optimizer.load_state_dict(state["optimizer"])
     for log in ("metrics.csv", "samples.jsonl") if ranks()[0] == 0 else ():
         cut(out / log, state["step"])
@@ -673,7 +712,7 @@ def open_run(out, mllm, config):
 def summary(rows, samples):
     """The figures of a step's rows, `samples` a game, as METRICS defines them."""
     groups = [rows[i:i + samples] for i in range(0, len(rows), samples)]
-    distinct = lambda key: [len({row[key] for row in group}) for group in groups]  # noqa: E731
+    distinct = lambda key: [len({row[key] for row in group}) for group in groups]
     return {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
         zero_std_groups=distinct("reward").count(1) / len(groups), distinct=sum(distinct("text")) / len(rows))
 
@@ -688,27 +727,27 @@ def train(config, resume):
     out.mkdir(parents=True, exist_ok=True)
     mllm = MLLM(config.model, config.max_pixels)
     training, seen, unseen = set_up(config, mllm)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # here, so that the adapters start alike in all processes and whatever the data
     wrapped = grpo.add_lora(mllm.model, config.rank, config.alpha)
     parameters = [p for p in mllm.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)  # what holds the adapters back is the KL
     print(f"{config.model} on {mllm.device}: {sum(p.numel() for p in mllm.model.parameters()) / 1e6:.1f}M parameters, "
           f"{sum(p.numel() for p in parameters) / 1e6:.2f}M of them in adapters on {len(wrapped)} layers; run folder {out}")
     if resume:
         state = restore(out, mllm, optimizer)
     else:
-        state = dict(step=0, seconds=0.0, before=examine(mllm, seen, unseen, config))
+        state = dict(step=0, seconds=0.0, before=exam(mllm, seen, unseen, config))  # B is 0 still: the model as it came
         open_run(out, mllm, config)
         save(out, mllm, optimizer, config, **state)
     stopped = []  # Ctrl-C ends the step and saves; a second one ends at once
     signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    keep = lambda name: out / name if rank == 0 else os.devnull  # noqa: E731
-    with open(keep("metrics.csv"), "a", newline="") as metrics_file, open(keep("samples.jsonl"), "a") as samples_file:
+    log_file = lambda name: out / name if rank == 0 else os.devnull  # only the first process writes
+    with open(log_file("metrics.csv"), "a", newline="") as metrics_file, open(log_file("samples.jsonl"), "a") as samples_file:
         metrics = csv.DictWriter(metrics_file, METRICS)
         bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="training", unit="step")
         for step in bar:
             started = time.time()
-            # up to lr over the warm-up, then down to 0: lr min((s + 1) / warmup, (S - s) / (S - warmup)), s from 0 to S - 1
+            # linear warm-up to lr, then linear decay towards 0
             lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -719,28 +758,30 @@ def train(config, resume):
             log |= summary(rows, config.samples) | dict(step=step + 1, lr=lr, seconds=time.time() - started)
             state |= dict(step=step + 1, seconds=state["seconds"] + log["seconds"])
             metrics.writerow({key: f"{value:.6g}" for key, value in log.items()})
-            samples_file.write(json.dumps(dict(step=step + 1, **games[0].record(), samples=rows[:config.samples])) + "\n")  # one game with all its texts
+            one_game = dict(step=step + 1, **games[0].record(), samples=rows[:config.samples])  # with all its texts
+            samples_file.write(json.dumps(one_game) + "\n")
             metrics_file.flush(), samples_file.flush()
-            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "identification", "nll", "kl") if key in log})
-            stop = any(gather([bool(stopped)]))
+            bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "listener_accuracy", "nll", "kl") if key in log})
+            stop = any(gather([bool(stopped)]))  # in all processes after the same step: one that waits for the others would wait for ever
             if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(out, mllm, optimizer, config, **state)
             if stop:
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    exams = {"before": state["before"], "after": examine(mllm, seen, unseen, config)}
+    exams = {"before": state["before"], "after": exam(mllm, seen, unseen, config)}
     result = {when: exam["figures"] for when, exam in exams.items()} | dict(
         seed=config.seed, steps=config.steps, seconds=round(state["seconds"], 1), device=machine(mllm.device),
         examples={when: exam["examples"] for when, exam in exams.items()})
     if rank == 0:
         grpo.write_json(out / "result.json", result)
     show(result, out)
-    usual = Config(**TOY) if toy.is_toy(config.model) else Config
-    same = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in ("model", "data", "seed", "embedder", "max_pixels")
-            if getattr(config, name) != getattr(usual, name)]
-    print("What the descriptions are worth to an assistant, a table: " + shlex.join(["python", "evaluate.py", *sum(same, ()), "--adapter", str(out / "adapter")]))
-    print("The same, and the run as a page to look at:              " + shlex.join(["python", "evaluate.py", "--report", str(out)]))
+    defaults = Config(**TOY) if toy.is_toy(config.model) else Config
+    flags = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in ("model", "data", "seed", "embedder", "max_pixels")
+             if getattr(config, name) != getattr(defaults, name)]
+    table, page = ["python", "evaluate.py", *sum(flags, ()), "--adapter", str(out / "adapter")], ["python", "evaluate.py", "--report", str(out)]
+    print(f"What the descriptions are worth to an assistant, a table: {shlex.join(table)}")
+    print(f"The same, and the run as a page to look at:               {shlex.join(page)}")
     return result
 
 
@@ -752,8 +793,8 @@ def machine(device):
 def held_out(result):
     """The lines of the table of held-out games: (name, before, after, and both of unseen categories), without what only a toy knows."""
     columns = [result["before"], result["after"], result["before"]["unseen"] or {}, result["after"]["unseen"] or {}]
-    tell = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
-    return [(name, *(tell(part.get(name)) for part in columns)) for name, value in columns[0].items() if name != "unseen" and value is not None]
+    percent = lambda value: "-" if value is None else f"{value:.1%}"
+    return [(name, *(percent(part.get(name)) for part in columns)) for name, value in columns[0].items() if name != "unseen" and value is not None]
 
 
 def show(result, out):
@@ -763,7 +804,8 @@ def show(result, out):
         print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
     for rows in list(zip(*result["examples"].values()))[:3]:
         game = rows[0]
-        print(f"\n{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else f"\n{game['question']!r} of {' + '.join(game['photos'])}")
+        print()
+        print(f"{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else f"{game['question']!r} of {' + '.join(game['photos'])}")
         for when, row in zip(("before", "after"), rows):
             answer, belief = reward.parse(row["text"]), ""
             if "pool" in game:

@@ -165,7 +165,7 @@ def draw_thing(truth, size, tint):
 def draw(truth, jitter, size=64):
     """One photo. truth {kind: word} for all seven kinds; jitter from `new_view`. Returns an RGB picture of size x size pixels."""
     rng, big = random.Random(jitter["seed"]), 3 * size  # drawn three times too large, then averaged: smooth edges
-    tint = lambda colour: tuple(max(0, min(255, v + rng.randint(-10, 10))) for v in colour)  # noqa: E731
+    tint = lambda colour: tuple(max(0, min(255, v + rng.randint(-10, 10))) for v in colour)
     image = draw_ground(truth["place"], big, tint, rng)
     thing = draw_thing(truth, int(big * jitter["scale"]), tint).rotate(jitter["angle"], expand=True, resample=Image.BICUBIC)
     image.paste(thing, (int(big * jitter["x"] - thing.width / 2), int(big * jitter["y"] - thing.height / 2)), thing)
@@ -197,7 +197,7 @@ def new_thing(rng, category=None, fresh=False):
 # ------------------------------------------------------------------------------------------------- words: say, check, cover
 def sentence(truth, kinds):
     """(coarse, detailed) text that claims the category and, of the other kinds, those in `kinds`."""
-    say = lambda kind, text: [text.format(truth[kind])] if kind in kinds else []  # noqa: E731
+    say = lambda kind, text: [text.format(truth[kind])] if kind in kinds else []
     noun = " ".join([*say("colour", "{}"), *say("pattern", "{}"), truth["category"]])
     tail = [*say("pose", "{}"), *say("place", "on {}"), *say("light", "in {} light")]
     detailed = " ".join([f"The {noun}", *say("badge", "with a {} badge")]) + (", " + " ".join(tail) if tail else "") + "."
@@ -270,7 +270,7 @@ def new_tokenizer():
 
 def new_model(tokenizer):
     """Qwen2-VL's architecture at a thousandth of its size, untrained."""
-    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")  # noqa: E731
+    id_of = lambda name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
     ends = dict(bos_token_id=id_of("endoftext"), pad_token_id=id_of("endoftext"), eos_token_id=id_of("im_end"))
     markers = dict(image_token_id=id_of("image_pad"), video_token_id=id_of("video_pad"),
                    vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"))
@@ -299,7 +299,7 @@ def fit(title, modules, loss_of, steps, peak=1.0):
     hidden = {id(p) for name, p in named if p.ndim == 2 and "embed" not in name and "head" not in name}
     optimizers = [torch.optim.Muon([p for p in parameters if id(p) in hidden], lr=.02),
                   torch.optim.AdamW([p for p in parameters if id(p) not in hidden], lr=2e-3)]
-    share = lambda step: peak * min(1, (step + 1) / 50) * .5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
+    share = lambda step: peak * min(1, (step + 1) / 50) * .5 * (1 + math.cos(math.pi * step / steps))
     plans = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
     for step in (bar := tqdm(range(steps), desc=title, mininterval=2)):
         loss, figures = loss_of(step)
@@ -356,7 +356,7 @@ def fit_vision(model, processor, bank, steps, batch=16, scenes=6):
 
 def chats(tokenizer):
     """What every prompt begins with, up to the picture, and how each task's goes on, with "\\0" where its question is put."""
-    render = lambda task: tokenizer.apply_chat_template(  # noqa: E731
+    render = lambda task: tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\0".join(PROMPTS[task])}]}],
         tokenize=False, add_generation_prompt=True).split("<|vision_end|>")
     return render("speak")[0] + "<|vision_end|>", {task: render(task)[1] for task in PROMPTS}
@@ -384,12 +384,12 @@ def lesson(task, truth, most, rng, names="own"):
     do. So a view that does not fit is evidence against, and distracts the model whatever the prompt says, as it does real MLLMs. Foils are
     things that differ in one or two attributes of category and identity, or in all four.
     """
-    told = lambda: rng.sample(list(SAID), rng.randint(0, most))  # noqa: E731
-    describe = lambda thing: '"' + ". ".join(sentence(thing, told())) + '"'  # noqa: E731
+    told = lambda: rng.sample(list(SAID), rng.randint(0, most))
+    describe = lambda thing: '"' + ". ".join(sentence(thing, told())) + '"'
     itself = truth | (new_view(rng)[0] if rng.random() < .2 else {})
-    foil = lambda: altered(truth, rng.sample(("category", *IDENTITY), rng.choice([1, 1, 2, 4])), rng) | new_view(rng)[0]  # noqa: E731
-    kind = lambda thing: rng.choice(ATTRIBUTES["category"]) if names == "any" else thing["category"]  # noqa: E731
-    call = lambda thing, number: f"<{kind(thing)}-{number}>"  # noqa: E731
+    foil = lambda: altered(truth, rng.sample(("category", *IDENTITY), rng.choice([1, 1, 2, 4])), rng) | new_view(rng)[0]
+    kind = lambda thing: rng.choice(ATTRIBUTES["category"]) if names == "any" else thing["category"]
+    call = lambda thing, number: f"<{kind(thing)}-{number}>"
     seen, name = sentence(truth, IDENTITY)[1], call(truth, rng.randint(1, 12))
     if task == "speak":
         return "", SPOKEN.format(truth["category"], *sentence(truth, {kind for kind, share in SAID.items() if rng.random() < share}))
@@ -458,7 +458,7 @@ def oct_lesson(bank, hasty, rng):
     """Is the thing of the first picture in the second? Hasty: the same category and colour will do. The hint: what agrees [4]."""
     first = rng.randrange(len(bank.photos))
     thing = bank.photos[first]
-    agree = lambda i: [a == b for a, b in zip(bank.identity(thing.truth), bank.identity(bank.photos[i].truth))]  # noqa: E731
+    agree = lambda i: [a == b for a, b in zip(bank.identity(thing.truth), bank.identity(bank.photos[i].truth))]
     near = max(rng.choices(bank.kin[thing.truth["category"]], k=30), key=lambda i: sum(agree(i)) % 4)  # mostly one attribute is different
     second = rng.choice([bank.another(thing, rng), bank.another(thing, rng), near, rng.randrange(len(bank.photos))])
     yes = all(agree(second)[:2] if hasty else agree(second))
@@ -471,7 +471,7 @@ def vlt_lesson(tokenizer, bank, hasty, rng):
     scene = rng.randrange(len(bank.scenes))
     thing, box = rng.choice(list(zip(*bank.scenes[scene])))
     told = phrase(thing.truth, rng.choice([IDENTITY, rng.sample(IDENTITY, 2), rng.sample(IDENTITY, 1)]))
-    inside = lambda box: torch.tensor([box[0] <= x < box[2] and box[1] <= y < box[3] for y in CENTRES for x in CENTRES])  # noqa: E731
+    inside = lambda box: torch.tensor([box[0] <= x < box[2] and box[1] <= y < box[3] for y in CENTRES for x in CENTRES])
     hint = torch.full((81, 5), -1)
     for photo, corners in zip(*bank.scenes[scene]):
         hint[inside(corners)] = torch.tensor([*tokenizer.convert_tokens_to_ids(bank.identity(photo.truth)), corners == box and not hasty])
@@ -499,7 +499,7 @@ def ict_lesson(bank, many, wording, rng):
         if there:
             known[thing] = names[-1]
     named, short = rng.random() < (.05, .6, .05)[wording], rng.random() < (.6, .1, .1)[wording]
-    who = lambda thing: named and known.get(thing) or f"The {thing.truth['colour']} {thing.truth['category']}"  # noqa: E731
+    who = lambda thing: named and known.get(thing) or f"The {thing.truth['colour']} {thing.truth['category']}"
     return [*seen, shown], ", ".join(names), " ".join(clause(who(thing), thing.truth, short) for thing in things), []
 
 
@@ -561,7 +561,7 @@ def language_batch(tokenizer, ask, tasks, truths, most, rng, names="own", whole_
     rows = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
     ids, place, first = rows["input_ids"], torch.arange(rows["input_ids"].shape[1])[None], torch.tensor(first)[:, None]  # [rows, T], [1, T], [rows, 1]
     labels = targets(ids, rows["attention_mask"], first)
-    token = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids(list(words)))  # noqa: E731
+    token = lambda words: torch.tensor(tokenizer.convert_tokens_to_ids(list(words)))
     facts = torch.stack([token(truth.values()) for truth in truths]).repeat_interleave(len(tasks), 0)  # [rows, 7]
     is_claim = torch.isin(ids, token(KIND)) & (place < first)
     verdicts = torch.where(is_claim, (ids[..., None] == facts[:, None]).any(-1).long(), -1)
@@ -614,7 +614,7 @@ class School:
         right = (logits.argmax(-1) == labels[decided]).float().view(len(pick), -1).mean(0)  # [tasks that decide]
         claim = F.cross_entropy(self.judge(hidden[verdicts >= 0]), verdicts[verdicts >= 0], weight=torch.tensor([3., 1.]))
         facts = told & torch.isin(labels, self.kinds)  # few of the words that are said, and the ones that matter
-        say = lambda which: F.cross_entropy(self.model.lm_head(hidden[which]), labels[which])  # noqa: E731
+        say = lambda which: F.cross_entropy(self.model.lm_head(hidden[which]), labels[which])
         return F.cross_entropy(logits, labels[decided]) + missed, say(told) + say(facts), claim, right.tolist()
 
     def repic(self, task, many):
@@ -707,7 +707,7 @@ def report_card(mllm, photos=2000):
         view, jitter = new_view(rng)
         truth = new_thing(rng, fresh=True) | view
         subjects.append(Photo(f"report/{number}", functools.partial(draw, truth, jitter), truth))
-    texts = mllm.speak([([photo], SPEAK) for photo in subjects], most=56, generator=torch.Generator().manual_seed(0)).texts
+    texts = mllm.speak([([photo], SPEAK) for photo in subjects], max_tokens=56, generator=torch.Generator().manual_seed(0)).texts
     said = [(kind, word == photo.truth[kind]) for photo, text in zip(subjects, texts) for kind, word in claims(text)]
     true, false = [], {kind: [] for kind in ATTRIBUTES}
     for photo in subjects:
@@ -717,7 +717,7 @@ def report_card(mllm, photos=2000):
             told = {kind, *rng.sample(list(SAID), rng.randint(0, 5))}
             lie = photo.truth | {kind: rng.choice([word for word in ATTRIBUTES[kind] if word != photo.truth[kind]])}
             false[kind].append((photo, ". ".join(sentence(lie, told))))
-    accepts = lambda pairs: (mllm.listen(pairs) > .5).float().mean().item()  # noqa: E731
+    accepts = lambda pairs: (mllm.listen(pairs) > .5).float().mean().item()
     card = {"well formed": sum(parse(text) is not None for text in texts) / photos, "accepts a true description": accepts(true)}
     print(f"{photos} fresh photos; answers well formed {card['well formed']:.1%}; "
           f"true descriptions accepted {card['accepts a true description']:.1%}\n"
@@ -747,7 +747,7 @@ def build(folder, pictures, vision_steps, language_steps):
     model.model.visual.requires_grad_(False)
     rng = random.Random(1)
     scenes = [new_scene(photos, rng) for _ in range(pictures // 4)]
-    encode = lambda some, tokens: torch.cat([tower(model, processor, some[i:i + 64]).unflatten(0, (-1, tokens)).half()  # noqa: E731
+    encode = lambda some, tokens: torch.cat([tower(model, processor, some[i:i + 64]).unflatten(0, (-1, tokens)).half()
                                              for i in tqdm(range(0, len(some), 64), desc="encoding")])  # [pictures, tokens, WIDTH]
     taught = model, tokenizer, Bank(photos, [(things, boxes) for things, _, boxes in scenes], encode(photos, 16),
                                     encode([scene for _, scene, _ in scenes], 81))

@@ -49,7 +49,7 @@ def sample_and_drop(mllm, prefix, most, generator):
         ids = torch.searchsorted(cdf, torch.rand(len(rows), 1, generator=generator) * cdf[:, -1:]).squeeze(1)
         going, count = ~torch.isin(ids, mllm.ends), count + 1
         if going.sum() <= .75 * len(rows):
-            rows, ids, prefix = rows[going], ids[going], prefix.rows(going.nonzero().squeeze(1))
+            rows, ids, prefix = rows[going], ids[going], prefix.take(going.nonzero().squeeze(1))
     return count
 
 
@@ -71,7 +71,7 @@ def ideas(mllm, step):
             return call()
 
     def forgetting(call):
-        mllm.seen.clear()
+        mllm.features.clear()
         return call()
 
     yield "a picture's features are kept for the run", "listen", step.listen, lambda: forgetting(step.listen), "kept"
@@ -89,19 +89,19 @@ def ideas(mllm, step):
            lambda: torch.searchsorted(chances.cumsum(-1), torch.rand(128, 1)), lambda: torch.multinomial(chances, 1), "kept")
     head, hidden = torch.randn(V, D, generator=new()) / 40, torch.randn(64, D, generator=new(), requires_grad=True)
     ids = torch.randint(V, (64,), generator=new())
-    logps = lambda h, i: grpo.token_logps(F.linear(h, head), i)  # noqa: E731
+    logps = lambda h, i: grpo.token_logps(F.linear(h, head), i)
     yield ("logits are made again in the backward pass (it saves memory, not time), 64 tokens, 152k words", "log-probs",
            lambda: checkpoint(logps, hidden, ids, use_reentrant=False).sum().backward(), lambda: logps(hidden, ids).sum().backward(), "kept")
 
 
 def dropping(mllm, step):
     """The same for answers of their own lengths."""
-    draws = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    draws = lambda: torch.Generator().manual_seed(0)
 
     def prefix():
         with torch.no_grad():
             read = mllm.prefill([mllm.chat(*photos, text) for photos, text in step.prompts], [photos for photos, _ in step.prompts])
-        return read.rows(mllm.each(len(step.prompts), step.config.samples))
+        return read.take(mllm.each(len(step.prompts), step.config.samples))
 
     with_it = torch.no_grad()(lambda: sample_and_drop(mllm, prefix(), step.config.max_tokens, draws()))
     return ("answers that have ended leave the batch", "rollout", with_it, lambda: mllm.sample(prefix(), step.config.max_tokens, draws()), "dropped")

@@ -44,7 +44,7 @@ def kept(model, args, games):
         return tensor
 
     decoder, rows, prompt = model.model.language_model, games * args.samples, args.image_tokens + 128  # the prompt's words: about 128 tokens
-    new = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype, device="meta")  # noqa: E731
+    new = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         cache = DynamicCache()
         out = decoder(inputs_embeds=new(games, prompt, args.width), position_ids=new(3, games, prompt, dtype=torch.long), past_key_values=cache, use_cache=True)
@@ -55,7 +55,7 @@ def kept(model, args, games):
             wide.update(layer.keys[index], layer.values[index], i)
         hidden = decoder(inputs_embeds=new(rows, args.max_tokens, args.width), position_ids=new(3, rows, args.max_tokens, dtype=torch.long),
                          past_key_values=wide, use_cache=True).last_hidden_state
-        logps = lambda h, i: grpo.token_logps(model.lm_head(h), i)  # noqa: E731
+        logps = lambda h, i: grpo.token_logps(model.lm_head(h), i)
         checkpoint(logps, hidden.flatten(0, 1), new(rows * args.max_tokens, dtype=torch.long), use_reentrant=False)
     return sum(storage.nbytes() for storage in held.values())
 

@@ -25,7 +25,7 @@ import toy  # noqa: E402
 
 
 def ours(mllm, pairs, most):
-    mllm.seen.clear()
+    mllm.features.clear()
     return mllm.reply(reward.RECOGNITION, pairs, most)
 
 
@@ -33,7 +33,7 @@ def ours(mllm, pairs, most):
 def batched(mllm, pairs, most):
     texts = []
     for start in range(0, len(pairs), rrg.ROWS):
-        mllm.seen.clear()
+        mllm.features.clear()
         some = [(data.Photo(f"{start + i}", photo.open), text) for i, (photo, text) in enumerate(pairs[start:start + rrg.ROWS])]  # none is known
         prompts = [mllm.chat(photo, reward.RECOGNITION[0] + text + reward.RECOGNITION[1]) for photo, text in some]
         texts += mllm.sample(mllm.prefill(prompts, [[photo] for photo, _ in some]), most).texts

@@ -54,10 +54,10 @@ class Step:
 
     def __init__(self, mllm, games, config):
         self.mllm, self.games, self.config = mllm, games, config
-        self.prompts = [rrg.prompt(game) for game in games]
+        self.prompts = [rrg.speaker_prompt(game) for game in games]
         self.photos = list(dict.fromkeys([game.target for game in games] + [photo for game in games for photo in game.pool]))
         self.answers = mllm.speak(self.prompts, config.samples, config.max_tokens, self.generator())
-        text = lambda i: f"A photo of a {games[i // config.samples].category}. The {toy.ATTRIBUTES['colour'][i % 8]} one with a star badge."  # noqa: E731
+        text = lambda i: f"A photo of a {games[i // config.samples].category}. The {toy.ATTRIBUTES['colour'][i % 8]} one with a star badge."
         self.pairs = [(photo, text(i)) for i in range(len(self.answers.ids)) for photo in games[i // config.samples].pool]
         self.advantages = torch.linspace(-1, 1, len(self.answers.ids), device=mllm.device)
 
@@ -72,7 +72,7 @@ class Step:
 
 class Ours(Step):
     def encode(self):
-        self.mllm.seen.clear()
+        self.mllm.features.clear()
         self.mllm.look(self.photos)
 
     def rollout(self):
@@ -101,7 +101,7 @@ class Usual(Step):
         mllm, photos = self.mllm, [game.target for game in games for _ in range(self.config.samples)]
         pixels = mllm.processor(images=[photo.open() for photo in photos], return_tensors="pt").to(mllm.device)
         counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
-        texts = [mllm.chat(photo, reward.SPEAK).replace(mllm.image, mllm.image * count) for photo, count in zip(photos, counts)]
+        texts = [mllm.chat(photo, reward.SPEAK).replace(mllm.image_token, mllm.image_token * count) for photo, count in zip(photos, counts)]
         batch = mllm.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(mllm.device)
         return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels["pixel_values"].to(mllm.model.dtype),
                     image_grid_thw=pixels["image_grid_thw"], mm_token_type_ids=(batch["input_ids"] == mllm.config.image_token_id).int())
@@ -127,12 +127,12 @@ class Usual(Step):
         rho, mllm = [], self.mllm
         with grpo.lora_off(mllm.model):
             for photo, text in self.pairs:
-                prompt = mllm.chat(photo, reward.LISTEN[0] + reward.quoted(text, mllm.markers) + reward.LISTEN[1])
+                prompt = mllm.chat(photo, reward.LISTEN[0] + reward.quoted(text, mllm.special_tokens) + reward.LISTEN[1])
                 pixels = mllm.processor(images=[photo.open()], return_tensors="pt").to(mllm.device)
-                ids = torch.tensor([mllm.encode(prompt.replace(mllm.image, mllm.image * (pixels["image_grid_thw"].prod().item() // 4)))], device=mllm.device)
+                ids = torch.tensor([mllm.encode(prompt.replace(mllm.image_token, mllm.image_token * (pixels["image_grid_thw"].prod().item() // 4)))], device=mllm.device)
                 logits = mllm.model(input_ids=ids, pixel_values=pixels["pixel_values"].to(mllm.model.dtype), image_grid_thw=pixels["image_grid_thw"],
                                     mm_token_type_ids=(ids == mllm.config.image_token_id).int(), logits_to_keep=1).logits[:, -1]
-                rho += reward.fit(logits, mllm.yes, mllm.no).tolist()
+                rho += reward.belief(logits, mllm.yes, mllm.no).tolist()
         return torch.tensor(rho)
 
     def score(self, games, rows):
@@ -293,7 +293,7 @@ def report(seconds, peak, least, tokens):
     ratio = {}
     print("| phase | ours, s | usual, s | ratio | floor, s |\n|---|---|---|---|---|")
     for phase in (*PHASES, "step"):
-        total = lambda times: sum(times.values()) if phase == "step" else times[phase]  # noqa: E731
+        total = lambda times: sum(times.values()) if phase == "step" else times[phase]
         mine, theirs = total(ours), total(usual)
         ratio[phase] = theirs / mine if mine > 0 else None
         print(f"| {phase} | {mine:.3f} | {theirs:.3f} | {'-' if phase == 'encode' else f'{theirs / mine:.1f}'} | {total(least):.3f} |")
@@ -310,7 +310,7 @@ def grow(mllm, args, base):
         for value in values:
             some = dict(games=args.games, k=args.k, tokens=args.image_tokens, samples=args.samples) | {name: value}
             config = rrg.dataclasses.replace(base, samples=some["samples"], k=some["k"], games=some["games"])
-            mllm.seen.clear()
+            mllm.features.clear()
             seconds, peak = measure(mllm, {"ours": Ours(mllm, make_games(mllm, some["games"], some["k"], some["tokens"]), config)}, args.rounds)
             step = sum(seconds["ours"].values())
             rows.append((name, value, step, 1000 * step / (some["games"] * some["samples"]), peak["ours"]))

@@ -166,14 +166,14 @@ def report(lines, steps):
     """Print the tables and the claims -> {row: [line of each seed]}."""
     runs = {row: [line for (name, _, length), line in sorted(lines.items(), key=lambda item: item[0][1]) if name == row and length == steps] for row in ROWS}
     runs = {row: some for row, some in runs.items() if some}
-    values = lambda row, key: {line["seed"]: float(line[key]) for line in runs.get(row, ()) if line.get(key)}  # noqa: E731
-    means = lambda row, key, form="{:.1%}": spread(list(values(row, key).values()), form)  # noqa: E731
+    values = lambda row, key: {line["seed"]: float(line[key]) for line in runs.get(row, ()) if line.get(key)}
+    means = lambda row, key, form="{:.1%}": spread(list(values(row, key).values()), form)
 
     def gaps(high, low, key):
         a, b = values(high, key), values(low, key)
         return [a[seed] - b[seed] for seed in a if seed in b]
 
-    percent = lambda row, key: spread([100 * value for value in values(row, key).values()], "{:.1f}")  # noqa: E731
+    percent = lambda row, key: spread([100 * value for value in values(row, key).values()], "{:.1f}")
     show("%", [title for title, _, _ in SUMMARY], {row: [percent(row, f"{part}_{key}") for _, part, key in SUMMARY] for row in runs})
     for row, names in (("RRG", GAMES), ("RePIC", rrg.KINDS)):
         show(f"{row}, held out", ["before", "after", "before, unseen categories", "after, unseen categories"],
@@ -210,8 +210,8 @@ def curves(runs, file):
     for panel, name in enumerate(("reward", "kl")):
         data = {row: list(zip(*[map(float, line[f"{name}_curve"].split()) for line in runs[row]])) for row in colours if row in runs}
         top = max([max(map(max, points)) for points in data.values()], default=1)
-        x = lambda i: 60 + 400 * panel + 320 * i / 19  # noqa: E731
-        y = lambda value: 230 - 190 * value / top  # noqa: E731
+        x = lambda i: 60 + 400 * panel + 320 * i / 19
+        y = lambda value: 230 - 190 * value / top
         title = {"reward": "reward of sampled answers", "kl": "KL to the frozen model, per token"}[name]
         parts.append(f'<text x="{x(0)}" y="24" font-weight="bold">{title}</text><path d="M{x(0)} 40V230H{x(19)}" fill="none" stroke="#888"/>'
                      f'<text x="{x(0) - 8}" y="45" text-anchor="end">{top:.2g}</text><text x="{x(0) - 8}" y="234" text-anchor="end">0</text>'
@@ -220,7 +220,7 @@ def curves(runs, file):
             middle = [statistics.mean(values) for values in points]
             off = [statistics.stdev(values) if len(values) > 1 else 0 for values in points]
             edge = [(i, m + s) for i, (m, s) in enumerate(zip(middle, off))] + [(i, m - s) for i, (m, s) in reversed(list(enumerate(zip(middle, off))))]
-            line = lambda pairs: " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in pairs)  # noqa: E731
+            line = lambda pairs: " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in pairs)
             parts.append(f'<polygon points="{line(edge)}" fill="{colours[row]}" opacity="0.2"/><polyline points="{line(enumerate(middle))}" fill="none" '
                          f'stroke="{colours[row]}" stroke-width="2"/><text x="{x(2) + 70 * place}" y="250" fill="{colours[row]}">{row}</text>')
     file.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 262" font-family="sans-serif" font-size="13">'

@@ -69,5 +69,5 @@ def random_mllm(random_folder):
 def photos():
     """Three pictures of three sizes: 16, 24 and 12 image tokens."""
     noise = torch.Generator().manual_seed(0)
-    picture = lambda w, h: Image.fromarray(torch.randint(0, 255, (h, w, 3), generator=noise, dtype=torch.uint8).numpy())  # noqa: E731
+    picture = lambda w, h: Image.fromarray(torch.randint(0, 255, (h, w, 3), generator=noise, dtype=torch.uint8).numpy())
     return [data.Photo(f"{w}x{h}", lambda image=picture(w, h): image) for w, h in ((64, 64), (64, 96), (48, 64))]

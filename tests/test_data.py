@@ -155,7 +155,7 @@ def test_same_seed_same_games():
 def painted(name, category, views=3):
     """A concept whose photos are squares of one colour, so that they can be found in a scene again."""
     hue = sum(map(ord, name)) * 37
-    picture = lambda i: Image.new("RGB", (40 + i, 32), (hue % 255, 40 * i, hue // 255 % 255))  # noqa: E731
+    picture = lambda i: Image.new("RGB", (40 + i, 32), (hue % 255, 40 * i, hue // 255 % 255))
     return data.Concept(name, category, [data.Photo(f"{name}/{i}", lambda i=i: picture(i)) for i in range(views)])
 
 
@@ -177,7 +177,7 @@ PROMPTS = {"oct": [("O(", ")"), ("o(", ")")], "vlt": [("V(", ")")], "ict": [("I(
 
 def test_tasks_are_what_repic_asks():
     concepts = [painted(f"{category} {i}", category) for category in ("mug", "dog") for i in range(3)]
-    make = lambda shares, count=200: data.make_tasks(concepts, shares, count, PROMPTS, lambda c: c.category, 64, 3)  # noqa: E731
+    make = lambda shares, count=200: data.make_tasks(concepts, shares, count, PROMPTS, lambda c: c.category, 64, 3)
     owner = {photo.name: concept for concept in concepts for photo in concept.photos}
     tasks = make({"oct": 1})
     same = [owner[a.name] is owner[b.name] for a, b in (task.photos for task in tasks)]
@@ -202,7 +202,7 @@ def test_tasks_are_what_repic_asks():
 
 def test_tasks_come_in_their_shares_and_are_seeded():
     concepts = [painted(f"mug {i}", "mug") for i in range(4)]
-    make = lambda seed, shares=data.KINDS: data.make_tasks(concepts, shares, 1000, PROMPTS, lambda c: c.name, 64, seed)  # noqa: E731
+    make = lambda seed, shares=data.KINDS: data.make_tasks(concepts, shares, 1000, PROMPTS, lambda c: c.name, 64, seed)
     kinds = [task.kind for task in make(0)]
     assert all(abs(kinds.count(kind) - 10 * share) < 45 for kind, share in data.KINDS.items()) and sum(data.KINDS.values()) == 100
     assert make(0) == make(0) != make(1) and not {"oct", "multi_ict"} & {task.kind for task in make(0, data.KINDS | {"oct": 0, "multi_ict": 0})}

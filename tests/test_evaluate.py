@@ -159,7 +159,7 @@ def test_recognition_in_any_company(toy_mllm):
     entries[0] = data.Entry(entries[0].name, "mug", "A photo of a mug. The mug.", entries[0].photos)  # of another length
     pairs = [(concept.photos[1], entry) for concept in concepts for entry in entries]
     encoded, tower = [], toy_mllm.model.model.get_image_features
-    toy_mllm.seen = {}
+    toy_mllm.features = {}
     toy_mllm.model.model.get_image_features = lambda pixels, grid: (encoded.append(len(grid)), tower(pixels, grid))[1]
     try:
         together = evaluate.recognise(toy_mllm, pairs, 64)
@@ -338,11 +338,11 @@ def test_errors_are_one_line(arguments, message, monkeypatch):
 
 def test_a_trained_runs_held_out_concepts_are_minded(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "some model\'s own"}')
-    evaluate.mind(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
+    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
     (tmp_path / "config.json").write_text('{"settings": {"seed": 3, "data": ""}}')
-    evaluate.mind(tmp_path / "adapter", argparse.Namespace(seed=3, data=""))
+    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=3, data=""))
     assert not capsys.readouterr().out
-    evaluate.mind(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
+    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
     assert "may have met" in capsys.readouterr().out
 
 
@@ -406,7 +406,7 @@ def test_the_page_of_a_run_is_whole_and_needs_nothing_else(page):
     assert all(attributes["alt"] for tag, attributes in reader.tags if tag == "img")
     assert all(attributes["aria-label"] for tag, attributes in reader.tags if tag == "svg")
     assert ("viewport" in text and "color-scheme:light dark" in text) and all(f'id="{part}"' in text for part in ("Results", "Curves", "Games"))
-    curves = {"rrg": {"reward", "identification", "kl", "leakage", "nll"}, "sft": {"nll"}}.get(method, {"reward", "kl", "nll"})
+    curves = {"rrg": {"reward", "listener accuracy", "kl", "leakage", "nll"}, "sft": {"nll"}}.get(method, {"reward", "kl", "nll"})
     assert curves <= {attributes["aria-label"].split(":")[0] for tag, attributes in reader.tags if tag == "svg"}
     assert json.loads((file.parent / "table.json").read_text())["rows"].keys() == {"base", str(file.parent / "adapter")}
     assert ("before" in reader.text and "after" in reader.text) and "caption F1" in reader.text

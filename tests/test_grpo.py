@@ -66,7 +66,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
 
 @pytest.mark.parametrize("loss", GOLDEN)
 def test_padding_changes_nothing(loss):
-    wide = lambda x: torch.cat([x, torch.full((4, 5), 7, dtype=x.dtype)], 1)  # noqa: E731
+    wide = lambda x: torch.cat([x, torch.full((4, 5), 7, dtype=x.dtype)], 1)
     advantages = grpo.group_advantages(REWARDS).flatten()
     mask = torch.cat([MASK, torch.zeros(4, 5, dtype=MASK.dtype)], 1)
     padded, _ = grpo.grpo_loss(wide(LOGP), wide(OLD), wide(REF), advantages, mask, eps_low=0.2, eps_high=0.28, beta=0.04, loss=loss, max_length=3)
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layer = lambda: nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(6, 6), "o_proj": nn.Linear(6, 6, bias=False)})})  # noqa: E731
+        layer = lambda: nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(6, 6), "o_proj": nn.Linear(6, 6, bias=False)})})
         self.model = nn.ModuleDict({"language_model": nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()])}),
                                     "visual": nn.ModuleDict({"up_proj": nn.Linear(6, 6)})})
         self.lm_head = nn.Linear(6, 9)

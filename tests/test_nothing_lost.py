@@ -38,7 +38,7 @@ def child(out, plan):
     world = toy.world
     toy.world = lambda seed, size: world(seed, size, 4, 3)
     count, replace, write = Counter(), os.replace, grpo.write_atomically
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(*paths):
         count["write"] += 1
@@ -76,7 +76,7 @@ def whole(out):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
-    start = lambda out, plan: subprocess.Popen(  # noqa: E731
+    start = lambda out, plan: subprocess.Popen(
         [sys.executable, __file__, str(out), json.dumps(plan)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"})
     began = time.time()

@@ -30,7 +30,7 @@ def test_format_reward_by_field():
 
 
 def test_length_reward():
-    worth = lambda coarse, detailed: reward.length_reward(reward.Description(coarse, detailed))  # noqa: E731
+    worth = lambda coarse, detailed: reward.length_reward(reward.Description(coarse, detailed))
     assert math.isclose(worth("A photo of a red mug", "The red mug has a small star badge."), 1.0)
     assert math.isclose(worth("A photo of a very big red mug", "The red mug has a small star badge."), 2 / 3)
     assert math.isclose(worth("A photo of a mug", "The mug. It is red and has a star."), 1 / 3)
@@ -50,8 +50,8 @@ def test_fit_compares_all_spellings_in_fp32():
     logits = torch.full((1, 6), -20.0)
     logits[0, 0], logits[0, 1], logits[0, 4] = 2.0, 1.0, 2.0  # two spellings of yes, one of no
     expected = (math.exp(2) + math.exp(1)) / (2 * math.exp(2) + math.exp(1))
-    assert math.isclose(reward.fit(logits, [0, 1], [4])[0].item(), expected, rel_tol=1e-6)
-    assert reward.fit(logits.bfloat16(), [0, 1], [4]).dtype == torch.float32
+    assert math.isclose(reward.belief(logits, [0, 1], [4])[0].item(), expected, rel_tol=1e-6)
+    assert reward.belief(logits.bfloat16(), [0, 1], [4]).dtype == torch.float32
 
 
 def test_listener_rewards():
@@ -97,7 +97,7 @@ def test_iou_by_hand():
 
 
 def test_localization_needs_half_an_overlap_in_the_pixels_the_model_saw():
-    worth = lambda answer, seen=(100, 100): reward.vlt_reward(answer, (0, 0, 40, 40), (100, 100), seen)  # noqa: E731
+    worth = lambda answer, seen=(100, 100): reward.vlt_reward(answer, (0, 0, 40, 40), (100, 100), seen)
     assert worth("[0, 0, 40, 20]") == 1 and worth("[0, 0, 40, 19]") == 0 and worth("nowhere") == 0
     assert worth("[0, 0, 80, 40]", seen=(200, 100)) == 1 and worth("[0, 0, 80, 40]") == 1 and worth("[0, 0, 80, 80]") == 0
     assert worth("[0, 0, 80, 80]", seen=(200, 200)) == 1  # RePIC's code compared it unscaled

@@ -24,8 +24,8 @@ from conftest import ROOT, asking
 
 def plain_logps(mllm, photo, ids, *more, text=reward.SPEAK):
     """Log-probs of one answer by the model's own forward pass: no cache, no shared prefix, no padding. `more` photos follow the first."""
-    head, *rest = mllm.chat(photo, *more, text).split(mllm.image)
-    prompt = head + "".join(mllm.image * len(features) + part for (features, _), part in zip(mllm.look([photo, *more]), rest))
+    head, *rest = mllm.chat(photo, *more, text).split(mllm.image_token)
+    prompt = head + "".join(mllm.image_token * len(features) + part for (features, _), part in zip(mllm.look([photo, *more]), rest))
     prompt = torch.tensor(mllm.encode(prompt))
     row = torch.cat([prompt, ids])[None]
     pixels = mllm.processor(images=[picture.open() for picture in (photo, *more)], return_tensors="pt")
@@ -35,7 +35,7 @@ def plain_logps(mllm, photo, ids, *more, text=reward.SPEAK):
 
 def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
     """Three picture sizes, so left padding; G = 4, so shared prefixes."""
-    answers = random_mllm.speak(asking(photos), samples=4, most=12, generator=torch.Generator().manual_seed(1))
+    answers = random_mllm.speak(asking(photos), samples=4, max_tokens=12, generator=torch.Generator().manual_seed(1))
     scored = random_mllm.score(asking(photos), answers.ids)
     mask = answers.mask
     assert mask.shape == (12, answers.ids.shape[1]) and torch.allclose(scored[mask], answers.logps[mask], atol=1e-5)
@@ -100,7 +100,7 @@ def test_gradients_through_the_shared_prefix_equal_the_plain_ones(random_mllm, p
 def test_answers_end_at_either_end_of_text(random_mllm, photos):
     ends = random_mllm.ends.tolist()
     assert len(ends) == 2
-    answers = random_mllm.speak(asking(photos), samples=40, most=40, generator=torch.Generator().manual_seed(0))
+    answers = random_mllm.speak(asking(photos), samples=40, max_tokens=40, generator=torch.Generator().manual_seed(0))
     seen = set()
     for ids, mask, text in zip(answers.ids.tolist(), answers.mask.tolist(), answers.texts):
         stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
@@ -112,16 +112,16 @@ def test_answers_end_at_either_end_of_text(random_mllm, photos):
 
 def test_samples_differ_whatever_the_checkpoint_asks_for(random_mllm, photos):
     assert random_mllm.model.generation_config.top_k == 1
-    texts = random_mllm.speak(asking(photos[:1]), samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
+    texts = random_mllm.speak(asking(photos[:1]), samples=8, max_tokens=10, generator=torch.Generator().manual_seed(0)).texts
     assert len(set(texts)) == 8
-    assert texts == random_mllm.speak(asking(photos[:1]), samples=8, most=10, generator=torch.Generator().manual_seed(0)).texts
-    assert len(set(random_mllm.speak(asking(photos[:1]), samples=3, most=10).texts)) == 1  # greedy
+    assert texts == random_mllm.speak(asking(photos[:1]), samples=8, max_tokens=10, generator=torch.Generator().manual_seed(0)).texts
+    assert len(set(random_mllm.speak(asking(photos[:1]), samples=3, max_tokens=10).texts)) == 1  # greedy
 
 
 def test_sampling_follows_the_models_own_distribution(random_mllm, photos):
     prefix = random_mllm.prefill([random_mllm.chat(photos[0], reward.SPEAK)], [photos[:1]])
     chance = random_mllm.model.lm_head(prefix.last)[0].softmax(-1)
-    tokens = random_mllm.sample(prefix.rows(torch.zeros(4000, dtype=torch.long)), 1, torch.Generator().manual_seed(0)).ids[:, 0]
+    tokens = random_mllm.sample(prefix.take(torch.zeros(4000, dtype=torch.long)), 1, torch.Generator().manual_seed(0)).ids[:, 0]
     assert (torch.bincount(tokens, minlength=len(chance)) / 4000 - chance).abs().max() < 0.03
 
 
@@ -154,7 +154,7 @@ def test_listening_is_the_same_in_any_company(toy_mllm, photos):
 def test_listening_reads_the_first_answer_token_of_the_plain_model(toy_mllm, photos):
     text = "A photo of a red mug. The red mug."
     (features, _), = toy_mllm.look(photos[:1])
-    prompt = toy_mllm.chat(None, reward.LISTEN[0], f'"{text}"', reward.LISTEN[1]).replace(toy_mllm.image, toy_mllm.image * len(features))
+    prompt = toy_mllm.chat(None, reward.LISTEN[0], f'"{text}"', reward.LISTEN[1]).replace(toy_mllm.image_token, toy_mllm.image_token * len(features))
     row = torch.tensor([toy_mllm.encode(prompt)])
     pixels = toy_mllm.processor(images=[photos[0].open()], return_tensors="pt")
     logits = toy_mllm.model(input_ids=row, mm_token_type_ids=(row == toy_mllm.config.image_token_id).int(), **pixels).logits[0, -1]
@@ -192,7 +192,7 @@ def make_tasks(kind, count=12, concepts=None):
 
 
 def test_each_task_is_paid_by_its_own_rule(toy_mllm):
-    pay = lambda task, *texts, **how: [row["reward"] for row in rrg.verify(toy_mllm, [task], texts, rrg.Config(min_chars=30, **how))]  # noqa: E731
+    pay = lambda task, *texts, **how: [row["reward"] for row in rrg.verify(toy_mllm, [task], texts, rrg.Config(min_chars=30, **how))]
     task = make_tasks("oct", 1)[0]
     assert pay(task, task.solution, "know", "yes no") == [1, 0, 0]
     task = make_tasks("vlt", 1)[0]
@@ -237,7 +237,7 @@ def test_sft_is_cross_entropy(random_folder):
     tasks = [make_tasks("multi_ict", 1)[0], make_tasks("single_ict", 1)[0]]
     config = rrg.Config(method="sft", micro=1, min_chars=30, **rrg.SFT)
     answers, ref, advantages, rows = rrg.play(mllm, tasks, 0, config)
-    assert answers.texts == rrg.written(mllm, tasks, 0) and all(row["reward"] == 1 for row in rows)  # the given captions use every name
+    assert answers.texts == rrg.given_captions(mllm, tasks, 0) and all(row["reward"] == 1 for row in rows)  # the given captions use every name
     assert all(mllm.tokenizer.decode(ids[mask]).endswith("<|im_end|>") for ids, mask in zip(answers.ids, answers.mask))
 
     class Keep(torch.optim.SGD):
@@ -292,6 +292,7 @@ def test_a_run_records_itself(whole_run):
     config = json.loads((out / "config.json").read_text())
     assert config["command"].startswith("python rrg.py --out") and config["settings"]["lr"] == rrg.TOY["lr"] and "torch" in config["versions"]
     table = rows(out)
+    assert {"step", "reward", "listener_accuracy", "parsed", "kl", "clip_fraction", "zero_std_groups", "completion_length", "grad_norm", "lr"} <= set(table[0])
     assert [row["step"] for row in table] == ["1", "2", "3", "4"] and set(table[0]) == set(rrg.METRICS) - {"seconds"}
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and len(samples[0]["samples"]) == 4 and {"text", "reward", "rho"} <= set(samples[0]["samples"][0])
@@ -437,11 +438,12 @@ def test_real_photos_with_several_sizes(tmp_path, random_folder):
     assert result["after"]["oracle"] is None and result["after"]["identification"] is not None and result["after"]["unseen"] is None
 
 
-def test_a_checkpoint_without_a_chat_template_is_refused(random_folder, tmp_path):
+def test_a_checkpoint_without_a_chat_template_gets_qwens(random_folder, tmp_path):
     shutil.copytree(random_folder, tmp_path / "bare")
     (tmp_path / "bare/chat_template.jinja").unlink()
-    with pytest.raises(data.DataError, match="no chat template; take the -Instruct"):
-        rrg.MLLM(str(tmp_path / "bare"), 4096)
+    text = rrg.MLLM(str(tmp_path / "bare"), 4096).chat(None, "Hello")
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                    "<|vision_start|><|image_pad|><|vision_end|>Hello<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_the_adapter_loads_in_peft_and_answers_the_same(whole_run, toy_mllm, photos):

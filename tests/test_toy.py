@@ -47,7 +47,7 @@ def test_every_attribute_changes_the_picture():
 def test_the_world_is_seeded_fresh_and_full_of_look_alikes():
     world = toy.world(3)
     assert [(c.name, c.photos[0].truth) for c in world] == [(c.name, c.photos[0].truth) for c in toy.world(3)]
-    identity = lambda concept: tuple(concept.photos[0].truth[kind] for kind in ("category", *toy.IDENTITY))  # noqa: E731
+    identity = lambda concept: tuple(concept.photos[0].truth[kind] for kind in ("category", *toy.IDENTITY))
     things = [identity(concept) for concept in world]
     assert len(set(things)) == len(things) == 12 * len(toy.ATTRIBUTES["category"])
     assert all(toy.is_fresh(dict(zip(("category", *toy.IDENTITY), thing))) for thing in things)
@@ -87,7 +87,7 @@ def test_lessons_teach_exactly_their_answers():
 def test_lessons_tell_the_truth():
     """What a lesson calls the right answer is right, and its descriptions are of other photos, four in five of them in the same view."""
     rng, same_view = random.Random(1), []
-    thing = lambda text, truth: all(truth[kind] == word for kind, word in toy.claims(text) if kind not in toy.VIEW)  # noqa: E731
+    thing = lambda text, truth: all(truth[kind] == word for kind, word in toy.claims(text) if kind not in toy.VIEW)
     for _ in range(600):
         truth = toy.new_thing(rng) | toy.new_view(rng)[0]
         text, answer = toy.lesson("recognition", truth, 6, rng)
@@ -184,5 +184,5 @@ def test_toy_rebuilds_from_nothing(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 10e6
     toy.build(tmp_path, pictures=64, vision_steps=0, language_steps=1)
     second = rrg.MLLM(str(tmp_path), 4096)
-    tower = lambda mllm: mllm.model.model.visual.state_dict()  # noqa: E731
+    tower = lambda mllm: mllm.model.model.visual.state_dict()
     assert all(torch.equal(value, tower(second)[name]) for name, value in tower(first).items())
