@@ -135,7 +135,7 @@ class MLLM:
     """A Qwen2-VL (or 2.5-VL) by hub name or folder, its tokenizer and its picture processor, and what the game needs of them."""
 
     def __init__(self, name, max_pixels):
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
         try:
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
@@ -817,6 +817,8 @@ def show(result, out):
 if __name__ == "__main__":
     try:
         if "WORLD_SIZE" in os.environ:  # set by torchrun
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is sent, or all processes would send from the first GPU
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             if ranks()[0]:  # one of them is enough to tell what goes on
                 sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
