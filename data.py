@@ -24,13 +24,12 @@ Where it departs from the paper and its authors' research code:
 """
 import contextlib
 import hashlib
-import itertools
 import json
 import pathlib
 import random
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
@@ -39,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
@@ -53,8 +51,17 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, 
 LFS = b"version https://git-lfs"
 
 
-class DataError(ValueError):
+class DataError(Exception):
     """Data that cannot be used; the message says what to do."""
+
+
+@contextlib.contextmanager
+def refusing(told, *errors):
+    """In this block, or in a function so decorated, `errors` become one clear line: what is `told`, and the first line of what they say."""
+    try:
+        yield
+    except errors as error:
+        raise DataError(f"{told}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ class Task:
     def record(self):
         """What the log keeps of it."""
         return dict(kind=self.kind, photos=[photo.name for photo in self.photos], question=self.text, solution=self.solution)
+
+
+def chunks(items, size, told=None):
+    """The items of a list, up to `size` at a time; with a progress bar where it is `told` what is being done."""
+    for start in tqdm(range(0, len(items), size), desc=told, leave=False, disable=not told):
+        yield items[start:start + size]
 
 
 # ----------------------------------------------------------------------------------------------------------------- photos
@@ -159,14 +172,12 @@ def natural(path):
 
 def fetch(root):
     """--data as a folder: the folder itself, or the local copy of a hub dataset that is distributed as folders of pictures."""
-    if not pathlib.Path(root).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
-        try:
-            return pathlib.Path(snapshot_download(str(root), repo_type="dataset"))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise DataError(f"{root} is not a folder here, and as a dataset on the hub: {str(error).strip().splitlines()[0]}") from error
-    if not pathlib.Path(root).is_dir():
+    if pathlib.Path(root).is_dir():
+        return pathlib.Path(root)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
         raise DataError(f"{root} is not a folder; wanted: one with a folder of photos for each thing, or the name of a hub dataset")
-    return pathlib.Path(root)
+    with refusing(f"{root} is not a folder here, and as a dataset on the hub", OSError, ValueError):
+        return pathlib.Path(snapshot_download(str(root), repo_type="dataset"))
 
 
 def known_categories(root, log):
@@ -205,35 +216,30 @@ def load_concepts(root, log=print, least=2):
     one that lies in the root itself is a concept named as its file. Raises DataError for a folder without pictures and for Git-LFS pointers.
     """
     root = fetch(root)
-    classes, found, known = known_categories(root, log), defaultdict(list), set()
-    broken, foreign, copies = [], [], []
+    classes, found, skipped = known_categories(root, log), defaultdict(dict), defaultdict(list)  # found: (category, name) -> {identity: Photo}
     for path in tqdm(sorted(root.rglob("*"), key=natural), desc="reading photos", leave=False):
         name = path.relative_to(root)
         if path.suffix.lower() in NOT_READ:
-            foreign.append(name)
+            skipped["files of a kind that is not read here (save them as JPEG or PNG)"].append(name)
         if path.suffix.lower() not in PICTURES or path.is_dir() or any(part[0] == "." or part in NOT_CONCEPTS for part in name.parts):
             continue
         folders, part = parse_folders(path, root, loose=least == 1)
         try:
-            identity = (*folders, part, fingerprint(read_photo(path)))
-        except DataError:  # a Git-LFS pointer: there will be more of them, so it stops here
-            raise
+            identity = part, fingerprint(read_photo(path))  # a Git-LFS pointer is a DataError and stops here: there will be more of them
         except UNREADABLE as error:
-            broken.append(f"{name} ({error})")
+            skipped["photos that cannot be read"].append(f"{name} ({error})")
             continue
-        if identity in known:
-            copies.append(name)
-            continue
-        known.add(identity)
-        category = folders[0] if len(folders) == 2 else classes.get(folders[0], "object")
-        found[category, folders[-1]].append(Photo(str(name), partial(read_photo, path), part=part))
-    lonely = [name for (_, name), photos in found.items() if len(photos) < least]
-    for skipped, what in ((broken, "photos that cannot be read"), (copies, "copies of another photo of the same thing"),
-                          (foreign, "files of a kind that is not read here (save them as JPEG or PNG)"), (lonely, "concepts with one photo only")):
-        if skipped:
-            log(f"skipped {what}: {len(skipped)}, such as {skipped[0]}")
-    ambiguous = {name for name, count in Counter(name for _, name in found).items() if count > 1}  # in two categories
-    concepts = [Concept(f"{category}/{name}" if name in ambiguous else name, category, photos)
+        photos = found[folders[0] if len(folders) == 2 else classes.get(folders[0], "object"), folders[-1]]
+        if identity in photos:
+            skipped["copies of another photo of the same thing"].append(name)
+        else:
+            photos[identity] = Photo(str(name), partial(read_photo, path), part=part)
+    skipped["concepts with one photo only"] = [name for (_, name), photos in found.items() if len(photos) < least]
+    for what, some in skipped.items():
+        if some:
+            log(f"skipped {what}: {len(some)}, such as {some[0]}")
+    names = [name for _, name in found]  # in two categories the same one is ambiguous
+    concepts = [Concept(f"{category}/{name}" if names.count(name) > 1 else name, category, list(photos.values()))
                 for (category, name), photos in found.items() if len(photos) >= least]
     if not concepts:
         some = "two readable photos" if least == 2 else "a readable photo"
@@ -260,21 +266,13 @@ def find_file(path, *folders):
 
 
 def load_json(file):
-    try:
+    with refusing(f"cannot read {file}", OSError, ValueError):
         return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
 
 
-@contextlib.contextmanager
 def published(what):
-    """Whatever goes wrong in taking apart somebody else's JSON becomes one clear error."""
-    try:
-        yield
-    except DataError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise DataError(f"{what} is not in the form it is published in: {type(error).__name__} {error}") from error
+    """Decorates what takes apart somebody else's JSON: whatever goes wrong in it becomes one clear error."""
+    return refusing(f"{what} is not in the form it is published in", KeyError, TypeError, AttributeError, IndexError, ValueError)
 
 
 def beside(root, name):
@@ -327,12 +325,9 @@ def load_pairs(root, concepts):
 
     Only `correct_answer` is to be trusted: 333 rows whose other fields call them negative show the concept itself.
     """
-    known, pairs = shelf(concepts), {}
-    for row in beside(root, "recognition_test.json") or []:
-        folder_and_name = pathlib.PurePosixPath(row["image"]).parts[-2:]
-        if folder_and_name in known:
-            pairs[known[folder_and_name], row["concept"].strip("<>")] = bool(row["correct_answer"])
-    return pairs
+    known = shelf(concepts)
+    return {(known[place], row["concept"].strip("<>")): bool(row["correct_answer"]) for row in beside(root, "recognition_test.json") or []
+            if (place := pathlib.PurePosixPath(row["image"]).parts[-2:]) in known}
 
 
 @published("the list of pictures of several things")
@@ -353,12 +348,9 @@ def load_queries(path):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What is remembered of a concept: its name, category, description, and the photos the description was written from."""
-    name: str
-    category: str
+class Entry(Concept):
+    """What is remembered of a concept: a description, and of its photos those that the description was written from."""
     text: str
-    photos: list[Photo] = field(repr=False)
 
 
 def prose(info):
@@ -387,8 +379,8 @@ def read_database(path, photos=()):
         if None in files:
             raise DataError(f"{path} names the picture {images[files.index(None)]}, which is not there")
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
-        entries.append(Entry(marker.strip("<>"), category or "object", prose(item.get("info")),
-                             [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]))
+        shown = [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]
+        entries.append(Entry(marker.strip("<>"), category or "object", shown, prose(item.get("info"))))
     return entries
 
 
@@ -405,18 +397,15 @@ class Clip:
     """A CLIP model to measure similarity with, by the same two methods as rrg.MLLM, which is the default."""
 
     def __init__(self, name, device):
-        try:
+        with refusing(f"cannot load the CLIP model {name}", OSError, ValueError):
             self.model = CLIPModel.from_pretrained(name).to(device).eval()
             self.processor, self.tokenizer = CLIPImageProcessorPil.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot load the CLIP model {name}: {str(error).splitlines()[0]}") from error
 
     @torch.no_grad()
     def embed(self, photos):
         """{photo name: unit vector [D]}."""
         out = {}
-        for start in tqdm(range(0, len(photos), 32), desc="CLIP looks at the photos", leave=False):
-            batch = photos[start:start + 32]
+        for batch in chunks(photos, 32, "CLIP looks at the photos"):
             pixels = self.processor(images=[photo.open() for photo in batch], return_tensors="pt")["pixel_values"]
             vectors = self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
             out |= zip([photo.name for photo in batch], F.normalize(vectors, dim=-1).cpu())
@@ -439,14 +428,11 @@ def split_concepts(concepts, seed, unseen=None):
     categories = sorted({concept.category for concept in concepts})
     if unseen is None:
         unseen = rng.sample(categories, max(1, len(categories) // 6)) if len(categories) >= 4 else []
-    known = defaultdict(list)
-    for concept in rng.sample(concepts, len(concepts)):
-        if concept.category not in unseen:
-            known[concept.category].append(concept)
-    # Deal the concepts out in rounds, one of each category a round. The last ones dealt are the test set, so that it has something of every
-    # category that has concepts to spare.
-    rounds = itertools.zip_longest(*(group for _, group in sorted(known.items())))
-    turns = [concept for dealt in rounds for concept in dealt if concept]
+    known = [concept for concept in rng.sample(concepts, len(concepts)) if concept.category not in unseen]
+    # Deal the concepts out in rounds, one of each category a round (its turn: how many of its category come before it). The last ones dealt
+    # are the test set, so that it has something of every category that has concepts to spare.
+    turn = {concept.name: sum(other.category == concept.category for other in known[:i]) for i, concept in enumerate(known)}
+    turns = sorted(known, key=lambda concept: (turn[concept.name], concept.category))
     test = max(1, len(turns) // 5)
     return turns[:-test], turns[-test:], [concept for concept in concepts if concept.category in unseen]
 

@@ -44,7 +44,6 @@ import html
 import io
 import itertools
 import json
-import os
 import pathlib
 import random
 import re
@@ -86,11 +85,9 @@ def read_answer(text, **fields):
         return None
     row = {name: value.strip() for name, value in pairs if isinstance(value, str)}
     for name, allowed in fields.items():
-        spelled = {value.lower(): value for value in allowed or ()}
-        if not row.get(name) or (allowed and row[name].lower() not in spelled):
-            return None
-        row[name] = spelled.get(row[name].lower(), row[name])
-    return row
+        spelled = {value.lower(): value for value in allowed or [row.get(name, "")]}
+        row[name] = spelled.get(row.get(name, "").lower())
+    return row if all(row[name] for name in fields) else None
 
 
 def retrieve(image, text, k):
@@ -102,19 +99,14 @@ def retrieve(image, text, k):
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
 
 
-def share(hits):
-    """Fraction of a list of booleans; None of an empty one."""
-    return sum(hits) / len(hits) if hits else None
-
-
 def recognition_scores(rows):
     """rows (does the photo show it: bool, answered yes: bool or None if unparsed, of the same category: bool) -> accuracies.
 
     weighted = (positive + negative) / 2, so that the many negatives do not drown the positives; inside and across keep the negatives
     of the photo's own category, and of the others. What is unparsed is wrong on either side. None where there is nothing to count.
     """
-    positive = share([said is True for same, said, _ in rows if same])
-    negative = lambda which: share([said is False for same, said, kin in rows if not same and kin in which])  # which: of the category, or not
+    positive = rrg.mean([said is True for same, said, _ in rows if same])
+    negative = lambda which: rrg.mean([said is False for same, said, kin in rows if not same and kin in which])  # which: of the category, or not
     mean = lambda other: None if positive is None or other is None else (positive + other) / 2
     return {"recognition_positive": positive, "recognition_negative": negative((True, False)), "recognition_weighted": mean(negative((True, False))),
             "recognition_inside": mean(negative((True,))), "recognition_across": mean(negative((False,)))}
@@ -130,10 +122,9 @@ def captioning_scores(rows, tested=None):
     actual, picked = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
     names = actual.keys() | picked.keys()
     names = sorted(names & tested if tested else names)  # in order: sums of floats depend on it
-    mean = lambda values: sum(values) / len(names) if names else None
-    return {"captioning_precision": mean([hits[name] / max(1, picked[name]) for name in names]),
-            "captioning_recall": mean([hits[name] / max(1, actual[name]) for name in names]),
-            "captioning_f1": mean([2 * hits[name] / (actual[name] + picked[name]) for name in names])}  # of precision and recall
+    return {"captioning_precision": rrg.mean([hits[name] / max(1, picked[name]) for name in names]),
+            "captioning_recall": rrg.mean([hits[name] / max(1, actual[name]) for name in names]),
+            "captioning_f1": rrg.mean([2 * hits[name] / (actual[name] + picked[name]) for name in names])}  # of precision and recall
 
 
 def name_grounding(rows, case_sensitive=False):
@@ -167,13 +158,11 @@ def describe(mllm, concepts, references, max_tokens):
     live with what was said.
     """
     photos = [photo for concept in concepts for photo in references[concept.name]]
-    texts = mllm.tell([([photo], reward.SPEAK) for photo in photos], max_tokens, "describing")
-    parsed = {photo: reward.parse(text) for photo, text in zip(photos, texts)}
-    bare = lambda text: " ".join(re.sub(r"</?\w+>", " ", text).split())
-    said = {photo: parsed[photo].text if parsed[photo] else bare(text) for photo, text in zip(photos, texts)}
-    entries = [data.Entry(concept.name, concept.category, " ".join(said[photo] for photo in references[concept.name]), references[concept.name])
-               for concept in concepts]
-    return entries, {name for name, photos in references.items() if any(parsed.get(photo, True) is None for photo in photos)}
+    said = dict(zip(photos, mllm.tell([([photo], reward.SPEAK) for photo in photos], max_tokens, "describing")))
+    plain = lambda text: description.text if (description := reward.parse(text)) else " ".join(re.sub(r"</?\w+>", " ", text).split())
+    entries = [data.Entry(concept.name, concept.category, references[concept.name],
+                          " ".join(plain(said[photo]) for photo in references[concept.name])) for concept in concepts]
+    return entries, {entry.name for entry in entries if not all(reward.parse(said[photo]) for photo in entry.photos)}
 
 
 def leakage(mllm, entries, max_tokens):
@@ -182,10 +171,10 @@ def leakage(mllm, entries, max_tokens):
     Exact in the toy world. Elsewhere the model without adapter is the judge, and judges the words alone, without a picture.
     """
     if all(photo.truth for entry in entries for photo in entry.photos):
-        return share([toy.leaks(entry.text) for entry in entries]), 0
+        return rrg.mean([toy.leaks(entry.text) for entry in entries]), 0
     answers = mllm.tell([([], LEAKAGE[0] + reward.quoted(entry.text, mllm.special_tokens) + LEAKAGE[1]) for entry in entries], max_tokens, "judging leakage")
     verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
-    return share(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
+    return rrg.mean(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
 
 
 # -------------------------------------------------------------------------------------------------------------- the three tasks
@@ -217,10 +206,8 @@ def recognise(mllm, pairs, max_tokens):
 def answer(mllm, questions, entries, max_tokens):
     """questions [data.Question] -> [whether the answer is right, None where it cannot be read]."""
     texts = {entry.name: reward.quoted(entry.text, mllm.special_tokens) for entry in entries}
-    asked = []
-    for q in questions:
-        options = "\n".join(f"{letter}. {option}" for letter, option in q.options.items())
-        asked.append((q.photo, f"{tag(q.concept)}: {texts[q.concept]}\n{q.text.format(tag(q.concept))}\n{options}"))
+    asked = [(q.photo, "\n".join([f"{tag(q.concept)}: {texts[q.concept]}", q.text.format(tag(q.concept)),
+                                  *(f"{letter}. {option}" for letter, option in q.options.items())])) for q in questions]
     rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, max_tokens, "answering"))]
     return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
 
@@ -257,29 +244,27 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
 
     `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, or questions of the toy world.
     """
-    photos, owner = [photo for photo, _ in tests], {entry.name: i for i, entry in enumerate(entries)}
+    photos, known = [photo for photo, _ in tests], {entry.name: entry for entry in entries}
     best, _ = retrieve(*similarity(embedder, photos, entries), options.k)  # [P, k]
-    candidates = []
-    for (_, name), row in zip(tests, best.tolist()):
-        if options.skip_retrieval and owner[name] not in row:
-            row[-1] = owner[name]  # the right one instead of the last
-        candidates.append([entries[i] for i in row])
+    candidates = [[entries[i] for i in row] for row in best.tolist()]
+    if options.skip_retrieval:  # the right one instead of the last
+        candidates = [some if known[name] in some else [*some[:-1], known[name]] for (_, name), some in zip(tests, candidates)]
     captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
     chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
     called = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
     shown, kind = dict(tests), {entry.name: entry.category for entry in entries}
     pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}  # every photo, every concept
-    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in owner}  # of the benchmark's own those here
-    said = recognise(mllm, [(photo, entries[owner[name]]) for photo, name in pairs], options.max_tokens)
+    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in known}  # of the benchmark's own those here
+    said = recognise(mllm, [(photo, known[name]) for photo, name in pairs], options.max_tokens)
     right = answer(mllm, questions, entries, options.max_tokens)
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
     return {
         **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)], set(shown.values())),
         **{f"name_{key}": value for key, value in called.items()},
         **recognition_scores([(same, yes, kind[name] == kind[shown[photo]]) for ((photo, name), same), yes in zip(pairs.items(), said)]),
-        "vqa": share([hit is True for hit in right]), "leakage": leaked, "words": sum(len(e.text.split()) for e in entries) / len(entries),
-        "retrieval_ceiling": share([name in [entry.name for entry in some] for (_, name), some in zip(tests, candidates)]),
-        "unparsed": share([hit is None for hit in [*chosen, *said, *right]]),
+        "vqa": rrg.mean([hit is True for hit in right]), "leakage": leaked, "words": rrg.mean([len(entry.text.split()) for entry in entries]),
+        "retrieval_ceiling": rrg.mean([known[name] in some for (_, name), some in zip(tests, candidates)]),
+        "unparsed": rrg.mean([hit is None for hit in [*chosen, *said, *right]]),
         "counts": {"concepts": len({name for _, name in tests}), "database": len(entries), "photos": len(photos), "pairs": len(pairs),
                    "questions": len(questions), "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None),
                    "unparsed_vqa": right.count(None), "unparsed_leakage": unjudged},
@@ -326,31 +311,30 @@ def recall(file, concepts, photos):
 def table(mllm, embedder, options, models):
     """One row for each of `models`, adapters or "base", and one for each database -> the content of --out."""
     root = data.fetch(options.data) if options.data else ""
-    concepts, unseen = rrg.load_world(mllm, root, options.seed)
-    parts = data.split_concepts(concepts, options.seed, unseen)
-    seen = parts[0] + parts[1]
-    held = {"seen": (seen, seen if options.all else parts[1]), "unseen": (parts[2], parts[2])}  # part: (concepts in the database, those tested)
+    concepts, (train, test, unseen) = rrg.load_world(mllm, root, options.seed)
+    seen = train + test
+    held = {"seen": (seen, seen if options.all else test), "unseen": (unseen, unseen)}  # part: (concepts in the database, those tested)
     split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
     references = {name: photos for name, (photos, _) in split.items()}
     asked, pairs = (data.load_questions(root, concepts), data.load_pairs(root, concepts)) if root else ([], {})
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     mllm.check(tag(concept.name) for concept in concepts)
-    grounded = {}  # {row: {part: figures}}
-    remembered = {file: (recall(file, concepts, photos), set()) for file in options.database}  # {row: (entries, names of malformed ones)}
+    # {row: (entries, names of the malformed ones, {part: figures of --grounding})}
+    remembered = {file: (recall(file, concepts, photos), set(), {}) for file in options.database}
     # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
-    used = {data.fingerprint(photo.open()) for entries, _ in remembered.values() for entry in entries for photo in entry.photos}
+    used = {data.fingerprint(photo.open()) for entries, *_ in remembered.values() for entry in entries for photo in entry.photos}
     fresh = {photo for _, tests in split.values() for photo in tests if not used or data.fingerprint(photo.open()) not in used}
     for name in models:  # all that is said with an adapter on comes first; what reads it, below, is the model without
         if name != "base":
             adapt(mllm, name)
             warn_of_other_split(name, options)
-        remembered[name] = describe(mllm, concepts, references, options.max_tokens)
-        grounded[name] = {part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
+        remembered[name] = *describe(mllm, concepts, references, options.max_tokens), {
+            part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
     result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
     for name in [*models, *options.database]:
-        entries, malformed = remembered[name]
+        entries, malformed, grounded = remembered[name]
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
         for part, (known, tested) in held.items():
@@ -359,7 +343,7 @@ def table(mllm, embedder, options, models):
                 names, shown = {concept.name for concept in known}, {name for _, name in tests}
                 questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
                 row[part] = examine(mllm, embedder, [entry for entry in entries if entry.name in names], tests, questions, pairs, options)
-                row[part] |= grounded.get(name, {}).get(part, {})
+                row[part] |= grounded.get(part, {})
                 row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
         if options.out:
             grpo.write_json(options.out, result)  # and the descriptions beside it:
@@ -370,10 +354,8 @@ def table(mllm, embedder, options, models):
 
 def adapt(mllm, folder):
     """Put an adapter on."""
-    try:
+    with data.refusing("cannot put the adapter on", ValueError):
         grpo.load_adapter(mllm.model, folder)
-    except ValueError as error:
-        raise data.DataError(str(error)) from error
 
 
 def warn_of_other_split(adapter, options):
@@ -389,10 +371,8 @@ def warn_of_other_split(adapter, options):
 def ask(mllm, embedder, options):
     """Describe the things in --photos (or read them from --database), then say which of them the --query photo shows, and why."""
     query = data.Photo(f"query {options.query}", partial(data.read_photo, options.query))
-    try:
+    with data.refusing(f"cannot read the picture {options.query}", *data.UNREADABLE):
         query.open()
-    except data.UNREADABLE as error:
-        raise data.DataError(f"cannot read the picture {options.query}: {error}") from error
     if options.database:
         entries = data.read_database(options.database[0])
     else:
@@ -502,7 +482,7 @@ def group(logged, std_floor):
 def album(folder, mllm):
     """{name: Photo} of the pictures that a finished run shows. Raises DataError where one is no longer there."""
     config, examples = rrg.Config(**data.load_json(folder / "config.json")["settings"]), data.load_json(folder / "result.json")["examples"]["before"]
-    photos = {photo.name: photo for games in rrg.set_up(config, mllm) for game in games for photo in rrg.pictures(game)}
+    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
     names = [name for game in examples for name in (game.get("photos") or [game["target"], *game["pool"]])]
     if missing := [name for name in names if name not in photos]:
         raise data.DataError(f"{config.data or 'the toy world'} is not what it was when {folder} was trained: {missing[0]} is not there")
@@ -567,14 +547,12 @@ def settings(argv=None):
     add("--max-pixels", type=int, metavar="INT", help=f"photos are shrunk to at most this many pixels (default {rrg.Config.max_pixels}; "
                                                        f"toy model {rrg.TOY['max_pixels']})")
     add("--out", default="", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
-    add("--report", nargs="?", const="newest", default="", metavar="RUN",
+    add("--report", nargs="?", const=rrg.newest_run(), default="", metavar="RUN",
         help="a finished run (default: the newest in runs/): its table, curves, games and descriptions as one page, RUN/report.html "
              "(model, data and seed are the run's, the table goes to RUN/table.json too)")
     options = parser.parse_args(argv)
     if options.report:
-        run = options.report if options.report != "newest" else max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
-        options = parser.parse_args(argv, options_of_run(run))  # in the place of the defaults
-        options.report = run
+        options = parser.parse_args(argv, options_of_run(options.report))  # in the place of the defaults
     if options.report and options.query:
         parser.error("--report is about a run, --query about one picture: give one of them")
     if options.photos and not options.query or options.query and not (options.photos or options.database):

@@ -107,11 +107,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_hi
         value = per_token.sum() / (total or mask.sum().clamp(min=1))
     else:
         raise ValueError(f'unknown loss "{loss}": grpo, dr_grpo or dapo')
-    per_token_mean = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()
-    with torch.no_grad():
-        stats = {"kl": per_token_mean(kl), "clip_high": per_token_mean((ratio > 1 + eps_high) & (A > 0)),  # where min took the constant
-                 "clip_low": per_token_mean((ratio < 1 - eps_low) & (A < 0))}
-    return value, stats
+    mean = lambda x: ((x * mask).sum() / mask.sum().clamp(min=1)).item()
+    # The clip has cut where min took the constant.
+    return value, {"kl": mean(kl), "clip_high": mean((ratio > 1 + eps_high) & (A > 0)), "clip_low": mean((ratio < 1 - eps_low) & (A < 0))}
 
 
 # ------------------------------------------------------------------------------------------------------------------- LoRA
@@ -157,23 +155,20 @@ def add_lora(model, rank, alpha, *, names=None):
         raise ValueError(f"no layer to adapt: the model has none of {', '.join(LINEARS)}")
     model.requires_grad_(False)
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha))
-    return list(names)
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+    return names
 
 
 @contextlib.contextmanager
 def lora_off(model):
     """Inside this block the model is what it was before training: the reference policy, and the listener."""
-    layers = list(lora_layers(model).values())
-    before = [layer.on for layer in layers]  # put back as they were, since blocks may be nested
+    before = {layer: layer.on for layer in lora_layers(model).values()}  # put back as they were, since blocks may be nested
     try:
-        for layer in layers:
+        for layer in before:
             layer.on = False
-        yield model
+        yield
     finally:
-        for layer, on in zip(layers, before):
+        for layer, on in before.items():
             layer.on = on
 
 
@@ -192,8 +187,7 @@ def merge_lora(model):
 def remove_lora(model):
     """Take every adapter off and forget it: the model that `add_lora` was given."""
     for name, layer in lora_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.base)
+        model.set_submodule(name, layer.base)
     return model
 
 
@@ -227,8 +221,7 @@ def write_json(path, content):
 
 def lora_state(model):
     """{"<layer>.lora_A.weight": tensor, ...}: all that training changes. Views, not copies: tensor.copy_(...) writes into the model."""
-    return {f"{name}.{part}.weight": getattr(layer, part).weight.detach()
-            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 def save_adapter(model, folder, base=""):
@@ -248,47 +241,36 @@ def save_adapter(model, folder, base=""):
 
 
 def load_adapter(model, folder):
-    """Read a PEFT LoRA adapter into the model, wrapping the layers it names if the model has no adapters yet.
+    """Read a PEFT LoRA adapter into the model, wrapping the layers it names. It takes the place of adapters that the model has already.
 
     Also reads the key layout of transformers before 4.52 (no `language_model` in the names), which PEFT itself would load as a silent
     no-op. Raises ValueError, saying what is wrong, on anything it would not reproduce exactly: other adapter kinds, parts outside
     the language model, missing, unknown or wrongly shaped tensors.
     """
     folder = pathlib.Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not an adapter folder: it has no {name}")
     try:
         config, stored = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
+        raise ValueError(f"{folder} is not an adapter folder that can be read: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise ValueError(f"{folder} cannot be read: adapter_config.json has no r and lora_alpha above 0")
     wrong = [name for name in UNSUPPORTED if config.get(name)]
     wrong += [f"{key} {config.get(key)}" for key, usual in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, "none") != usual]
     if wrong:
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({', '.join(wrong)})")
-    tensors = {}
-    for key, value in stored.items():
-        key = key.removeprefix(PEFT_PREFIX)
-        tensors[re.sub(r"^model\.layers\.", "model.language_model.layers.", key)] = value  # from transformers before 4.52
+    tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in stored.items()}
+    tensors = {re.sub(r"^model\.layers\.", "model.language_model.layers.", key): value for key, value in tensors.items()}  # transformers before 4.52
     names = list(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors))  # each layer once, in the file's order
     if not names:
         raise ValueError(f"{folder} holds no adapter: its adapter_model.safetensors is empty")
-    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoRALinear)) and "visual" not in name}
+    linears = {name.removesuffix(".base"): module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "visual" not in name}
     if unknown := [name for name in names if name not in linears]:
         raise ValueError(f"{folder} adapts {len(unknown)} layers that this model's language model does not have, such as {unknown[0]}")
-    if odd := [key for key, value in tensors.items() if value.ndim != 2 or config["r"] not in value.shape]:
-        raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not of rank {config['r']}")
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], names=names)
-    mine = lora_state(model)
-    if odd := sorted(mine.keys() ^ tensors.keys()):  # what only one of the two has
+    shapes = {f"{name}.lora_A.weight": [config["r"], linears[name].in_features] for name in names}
+    shapes |= {f"{name}.lora_B.weight": [linears[name].out_features, config["r"]] for name in names}
+    if odd := sorted(shapes.keys() ^ tensors.keys()):  # what only one of the two has
         raise ValueError(f"{folder} does not fit: {len(odd)} tensors missing or unexpected, such as {odd[0]}")
-    if odd := [key for key in mine if mine[key].shape != tensors[key].shape]:
-        raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not {list(mine[odd[0]].shape)}")
-    for key, value in mine.items():
-        value.copy_(tensors[key])
-    for layer in lora_layers(model).values():
-        layer.alpha = config["lora_alpha"]  # of a model that had adapters already it may be another one
-    return names
+    if odd := [key for key in shapes if list(tensors[key].shape) != shapes[key]]:
+        raise ValueError(f"{folder} does not fit: {odd[0]} is {list(tensors[odd[0]].shape)}, not of rank {config['r']}, {shapes[odd[0]]}")
+    add_lora(remove_lora(model), config["r"], config["lora_alpha"], names=names)
+    model.load_state_dict(tensors, strict=False)

@@ -36,7 +36,6 @@ V vocabulary, D width of the language model.
 """
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -90,19 +89,17 @@ def gather(rows):
 
 
 def my_part(items):
-    """This process's part of a list or tensor. All parts are equally long, but the last ones may be shorter or empty."""
+    """This process's part of a list or tensor, in order. The lengths of all parts differ by one at most."""
     rank, world = ranks()
-    size = -(-len(items) // world)  # rounded up
-    return items[rank * size:(rank + 1) * size]
+    return items[len(items) * rank // world:len(items) * (rank + 1) // world]
 
 
 def add_up(tensors):
     """Replace tensors by their sums over all processes, in one message. Sums, not means: losses are divided by the count of all (`update`)."""
     if ranks()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
+        torch.nn.utils.vector_to_parameters(flat, tensors)
 
 
 # ---------------------------------------------------------------------------- the model: two primitives, prefill and carry_on
@@ -110,16 +107,14 @@ def add_up(tensors):
 class Prefix:
     """B prompts that the model has read, ready to be continued."""
     cache: DynamicCache  # per layer keys and values [B, heads, P, head size]
-    mask: torch.Tensor | None  # [B, P], 0 on padding; None: there is none
+    mask: torch.Tensor  # [B, P], 0 on padding
     position: torch.Tensor  # [B], of the next token. Not P: padding does not count, and a picture of h x w tokens moves it on by max(h, w)
     last: torch.Tensor  # [B, D], the hidden state that predicts the next token
 
     def take(self, index):
         """The prefix of row `index[n]` for each continuation n: copies of what was computed once, through which gradients flow back to it."""
-        cache = DynamicCache()
-        for i, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[index], layer.values[index], i)
-        return Prefix(cache, None if self.mask is None else self.mask[index], self.position[index], self.last[index])
+        cache = DynamicCache([(layer.keys[index], layer.values[index]) for layer in self.cache.layers])
+        return Prefix(cache, self.mask[index], self.position[index], self.last[index])
 
 
 @dataclass
@@ -136,7 +131,7 @@ class MLLM:
 
     def __init__(self, name, max_pixels):
         self.device = torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
-        try:
+        with data.refusing(f"cannot load the model {name}", OSError):
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
                 raise data.DataError(f"{name} is a {config.model_type}; this program plays with Qwen2-VL and Qwen2.5-VL checkpoints")
@@ -145,8 +140,6 @@ class MLLM:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             # eval() for good: dropout would make the policy that is trained differ from the one that was sampled.
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self.device).eval()
-        except OSError as error:
-            raise data.DataError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from error
         self.model.requires_grad_(False)
         self.decoder, self.config = self.model.model.language_model, self.model.config
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT
@@ -168,15 +161,16 @@ class MLLM:
 
     def check(self, texts):
         """Raise DataError on the first text with a word that the model does not know, as the toy model knows few: it would be read as nothing."""
-        unknown = self.tokenizer.unk_token_id
-        for text in texts if unknown is not None else ():
-            if unknown in self.encode(text):
+        for text in texts:
+            if self.tokenizer.unk_token_id in self.encode(text):  # None of a real model, whose tokenizer can spell anything
                 raise data.DataError(f"this model does not know every word of {text[-200:]!r}. The toy model knows the toy world only: "
                                      "for real things give a real --model; after a change of prompts rebuild it with python toy.py")
 
-    def each(self, rows, times=1):
-        """Row numbers, each repeated: each(2, 3) = [0, 0, 0, 1, 1, 1]."""
-        return torch.arange(rows, device=self.device).repeat_interleave(times)
+    def pad(self, texts, side="left"):
+        """Texts as one batch -> (token ids [N, T], mask [N, T], 0 on padding). On the left, the default, every row ends at place -1, so that what
+        continues it follows without a gap."""
+        rows = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt").to(self.device)
+        return rows["input_ids"], rows["attention_mask"]
 
     def chat(self, *content):
         """A user's message as the model reads it. Content: str for text, anything else for a picture."""
@@ -187,8 +181,7 @@ class MLLM:
     def look(self, photos, progress=False):
         """[(features [tokens, D], grid [3]), ...] of the photos. The tower is frozen: each is encoded once and remembered."""
         new = [photo for photo in dict.fromkeys(photos) if photo not in self.features]
-        for start in tqdm(range(0, len(new), 16), desc="looking at the photos", disable=not progress):
-            batch = new[start:start + 16]
+        for batch in data.chunks(new, 16, "looking at the photos" if progress else None):
             pixels = self.processor(images=[photo.open() for photo in batch], return_tensors="pt").to(self.device)
             features = self.model.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output  # ([tokens, D], ...)
             self.features |= zip(batch, zip(features, pixels["image_grid_thw"]))
@@ -206,29 +199,22 @@ class MLLM:
 
     def prefill(self, texts, photos):
         """Read B prompts once. texts [B] with an image marker for each picture, photos [B] lists of the pictures -> Prefix."""
-        self.look([photo for group in photos for photo in group])  # all that are new at once
-        views = [self.look(group) for group in photos]
-        full = []  # one marker per picture becomes one marker per image token: "<image>Describe" -> 16 x "<image>", "Describe"
-        for text, group in zip(texts, views, strict=True):
-            first, *rest = text.split(self.image_token)
-            full.append(first + "".join(self.image_token * len(f) + part for (f, _), part in zip(group, rest, strict=True)))
-        # Padding goes to the left, so that every prompt ends at place -1 and its continuation follows without a gap.
-        batch = self.tokenizer(full, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(self.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, P]
-        self.check(set(full))
+        views = self.look([photo for group in photos for photo in group])
+        sizes = iter([len(features) for features, _ in views])
+        # One marker per picture becomes one marker per image token: "<image>Describe" -> 16 x "<image>", "Describe".
+        texts = [re.sub(re.escape(self.image_token), lambda marker: marker[0] * next(sizes), text) for text in texts]
+        self.check(set(texts))
+        ids, mask = self.pad(texts)  # [B, P], [B, P]
         is_image = ids == self.config.image_token_id
-        embeds = self.decoder.embed_tokens(ids)  # [B, P, D]
-        grids = None
-        if is_image.any():  # the features of all pictures take the places of their markers, in the order of reading
-            embeds = embeds.masked_scatter(is_image[..., None], torch.cat([f for group in views for f, _ in group]).to(embeds.dtype))
-            grids = torch.stack([grid for group in views for _, grid in group])  # [pictures, 3]
+        embeds, grids = self.decoder.embed_tokens(ids), None  # [B, P, D]
+        if views:  # the features of all pictures take the places of their markers, in the order of reading
+            embeds = embeds.masked_scatter(is_image[..., None], torch.cat([features for features, _ in views]).to(embeds.dtype))
+            grids = torch.stack([grid for _, grid in views])  # [pictures, 3]
         # Positions are always given: without them transformers silently counts in one dimension or reuses those of the last call.
         positions, _ = self.model.model.get_rope_index(  # [3, B, P]
             ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask)
-        mask = None if mask.all() else mask  # without one, attention takes its faster kernel
         # The decoder alone, without lm_head: nobody wants V logits for each of the prompt's tokens.
-        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                           past_key_values=DynamicCache(), use_cache=True)
+        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
         position = positions.amax((0, 2)) + 1  # [B], one past the largest on any of the axes time, height and width
         return Prefix(out.past_key_values, mask, position, out.last_hidden_state[:, -1])
 
@@ -237,16 +223,10 @@ class MLLM:
 
         The prefix itself grows by T places (cache, mask, position); what `last` should be now is left to the caller.
         """
-        if mask is not None and prefix.mask is None:
-            prefix.mask = mask.new_ones(len(ids), prefix.cache.get_seq_length())  # [N, P]
         mask = torch.ones_like(ids) if mask is None else mask
-        positions = prefix.position[:, None] + mask.cumsum(1) - 1  # [N, T]; padding repeats one, but nothing attends to it
-        if prefix.mask is not None:
-            prefix.mask = torch.cat([prefix.mask, mask], 1)  # [N, P + T]
-        prefix.position = prefix.position + mask.sum(1)
-        positions = positions.expand(3, -1, -1)  # [3, N, T]; text moves on along all three axes
-        return self.decoder(inputs_embeds=self.decoder.embed_tokens(ids), attention_mask=prefix.mask, position_ids=positions,
-                            past_key_values=prefix.cache, use_cache=True).last_hidden_state
+        positions = prefix.position[:, None] + mask.cumsum(1) - 1  # [N, T], along all three axes; padding repeats one, but nothing attends to it
+        prefix.mask, prefix.position = torch.cat([prefix.mask, mask], 1), prefix.position + mask.sum(1)  # [N, P + T], [N]
+        return self.decoder(input_ids=ids, attention_mask=prefix.mask, position_ids=positions, past_key_values=prefix.cache).last_hidden_state
 
     # ------------------------------------------------------------------------------------------- what the players do with them
     # speak    samples of answers to prompts                        the speaker, in training
@@ -258,11 +238,10 @@ class MLLM:
     @torch.no_grad()
     def sample(self, prefix, max_tokens, generator=None):
         """Sample one answer of at most `max_tokens` tokens for each row of a prefix, at temperature 1; greedily where there is no generator."""
-        hidden, done = prefix.last, torch.zeros(len(prefix.last), dtype=torch.bool, device=self.device)  # [N, D], [N]
-        ids, logps, mask = [], [], []
-        while len(ids) < max_tokens and not done.all():
-            if ids:
-                hidden = self.carry_on(prefix, ids[-1][:, None])[:, -1]  # [N, D]
+        hidden, done, steps = prefix.last, torch.zeros(len(prefix.last), dtype=torch.bool, device=self.device), []  # [N, D], [N]
+        while len(steps) < max_tokens and not done.all():
+            if steps:
+                hidden = self.carry_on(prefix, ids[:, None])[:, -1]  # [N, D]
             logp = self.model.lm_head(hidden).float().log_softmax(-1)  # [N, V]
             if generator is None:
                 token = logp.argmax(-1, keepdim=True)  # [N, 1]
@@ -271,37 +250,37 @@ class MLLM:
                 # Each process draws for the rows of all and keeps its own: samples do not depend on the number of processes.
                 draw = my_part(torch.rand(len(cdf) * ranks()[1], 1, generator=generator, device=self.device))  # [N, 1]
                 token = torch.searchsorted(cdf, draw * cdf[:, -1:])  # [N, 1]
-            mask.append(~done)  # before `done` changes, since the token that ends an answer is learned too
-            ids.append(torch.where(done, self.ends[0], token.squeeze(1)))
-            logps.append(logp.gather(1, token).squeeze(1))
-            done = done | torch.isin(ids[-1], self.ends)
-        ids, logps, mask = torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(mask, 1)  # [N, C]
+            ids = torch.where(done, self.ends[0], token.squeeze(1))  # [N]
+            steps.append((ids, ~done, logp.gather(1, token).squeeze(1)))  # before `done` changes, since the token that ends an answer is learned too
+            done = done | torch.isin(ids, self.ends)
+        ids, mask, logps = (torch.stack(column, 1) for column in zip(*steps))  # [N, C]
         texts = [self.tokenizer.decode(row[kept & ~torch.isin(row, self.ends)]) for row, kept in zip(ids, mask)]
         return Answers(ids, mask, logps, texts)
 
+    def read(self, prompts, times):
+        """Read each of B prompts (photos, text) once -> the Prefix of B * times rows, a prompt's together."""
+        prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
+        return prefix.take(torch.arange(len(prompts), device=self.device).repeat_interleave(times))
+
+    @torch.no_grad()
     def speak(self, prompts, samples=1, max_tokens=128, generator=None):
         """Stage 2: answer each of B prompts (photos, text) `samples` times -> Answers, whose row b * samples + g is answer g to prompt b."""
-        with torch.no_grad():
-            prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
-        return self.sample(prefix.take(self.each(len(prompts), samples)), max_tokens, generator)
+        return self.sample(self.read(prompts, samples), max_tokens, generator)
 
     def tell(self, prompts, max_tokens=128, progress=None):
         """The greedy answers to any number of prompts (photos, text) -> texts."""
-        starts = tqdm(range(0, len(prompts), 32), desc=progress, leave=False, disable=not progress)
-        return sum([self.speak(prompts[i:i + 32], max_tokens=max_tokens).texts for i in starts], [])
+        return [text for part in data.chunks(prompts, 32, progress) for text in self.speak(part, max_tokens=max_tokens).texts]
 
     def as_answers(self, texts):
         """Given texts in the form of sampled ones -> Answers, whose log-probs are yet to be scored."""
         self.check(texts)
         # Padding goes to the right: like sampled answers these begin at place 0 and are masked after their end.
-        rows = self.tokenizer([text + self.tokenizer.eos_token for text in texts], add_special_tokens=False, padding=True, padding_side="right",
-                              return_tensors="pt").to(self.device)
-        return Answers(rows["input_ids"], rows["attention_mask"].bool(), None, texts)
+        ids, mask = self.pad([text + self.tokenizer.eos_token for text in texts], "right")
+        return Answers(ids, mask.bool(), None, texts)
 
     def score(self, prompts, ids):
         """Log-probs [N, C] of answers ids [N, C] under the model as it is now, with gradient where LoRA is on; N a multiple of B prompts."""
-        prefix = self.prefill([self.chat(*photos, text) for photos, text in prompts], [photos for photos, _ in prompts])
-        prefix = prefix.take(self.each(len(prompts), len(ids) // len(prompts)))
+        prefix = self.read(prompts, len(ids) // len(prompts))
         # What predicts token t is the state before it: for the first the prompt's last one, for the others those of ids[:, :-1]. No mask is
         # needed, since what comes after the end of an answer is not seen by anything before it, and the loss leaves it out.
         hidden = prefix.last[:, None]  # [N, 1, D]
@@ -323,17 +302,12 @@ class MLLM:
         head, tail = self.chat(None, prompt[0], "\0", prompt[1]).split("\0")
         self.check([tail])
         distinct = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[1]))  # by length, so that there is little padding
-        photos = list(dict.fromkeys(photo for photo, _ in pairs))
-        for start in range(0, len(photos), ROWS):
-            row_of = {photo: row for row, photo in enumerate(photos[start:start + ROWS])}
-            prefix = self.prefill([head] * len(row_of), [[photo] for photo in row_of])
-            asked = [pair for pair in distinct if pair[0] in row_of]
-            for chunk in (asked[i:i + ROWS] for i in range(0, len(asked), ROWS)):
-                rows = self.tokenizer([text + tail for _, text in chunk], add_special_tokens=False, padding=True, padding_side="left",
-                                      return_tensors="pt").to(self.device)  # left: as in prefill
-                ids, mask = rows["input_ids"], rows["attention_mask"]  # [N, T], [N, T]
+        for photos in data.chunks(list(dict.fromkeys(photo for photo, _ in pairs)), ROWS):
+            prefix = self.prefill([head] * len(photos), [[photo] for photo in photos])
+            row_of = {photo: row for row, photo in enumerate(photos)}
+            for chunk in data.chunks([pair for pair in distinct if pair[0] in row_of], ROWS):
                 branch = prefix.take(torch.tensor([row_of[photo] for photo, _ in chunk], device=self.device))  # a copy: the next chunk wants it again
-                branch.last = self.carry_on(branch, ids, None if mask.all() else mask)[:, -1]  # [N, D]
+                branch.last = self.carry_on(branch, *self.pad([text + tail for _, text in chunk]))[:, -1]  # [N, D]
                 yield chunk, branch
 
     def listen(self, pairs, frozen=True):
@@ -355,8 +329,8 @@ class MLLM:
 
     def compare(self, photos, texts):
         """Similarity of photos and texts [photos, texts]: the listener's belief, a strong measure of it (as in VQAScore, ECCV 2024)."""
-        starts = tqdm(range(0, len(photos), 16), desc="comparing photos and words", leave=False)
-        return torch.cat([self.listen([(photo, text) for photo in photos[i:i + 16] for text in texts]) for i in starts]).view(-1, len(texts))
+        parts = data.chunks(photos, 16, "comparing photos and words")
+        return torch.cat([self.listen([(photo, text) for photo in part for text in texts]) for part in parts]).view(-1, len(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------ the settings
@@ -367,17 +341,18 @@ def flag(default, help, **extra):
 @dataclass
 class Config:
     """Every setting of a run; each field is a flag of the command line. The defaults are the paper's, for a real model."""
-    model: str = flag(str(toy.FOLDER), "checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    model: str = flag(str(toy.FOLDER), "checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model", metavar="DIR")
     data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts), or hub dataset such as google/dreambooth; "
-                         "default: toy pictures")
-    out: str = flag("", "run folder; default: runs/DATE-TIME")
+                         "default: toy pictures", metavar="DIR")
+    out: str = flag("", "run folder; default: runs/DATE-TIME", metavar="DIR")
     method: str = flag("rrg", "how to learn: by the game, by RePIC's tasks, or from given captions", choices=("rrg", "repic", "sft"))
     seed: int = flag(0, "seed of splits, games, initial adapters and samples")
     steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
     games: int = flag(16, "games (prompts) a step")
     samples: int = flag(8, "G, descriptions sampled for each target")
     k: int = flag(3, "K, pictures in a pool: one hard positive and K - 1 hard negatives")
-    embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower")
+    embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower",
+                         metavar="CLIP")
     negatives: str = flag("hard", "which negatives: look-alikes, or any photos of other things", choices=("hard", "random"))
     positive: str = flag("hard", "which other view of the target's concept is in the pool: the least or the most similar one", choices=("hard", "easy"))
     reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
@@ -410,15 +385,19 @@ TOY = dict(steps=60, games=12, micro=12, lr=5e-4, rank=16, alpha=32, format_weig
 SFT = dict(samples=1, beta=0.0)  # it learns one given answer a prompt, and has no reference
 
 
+def newest_run():
+    """The folder in runs/ that was changed last."""
+    return max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
+
+
 def settings(argv=None):
     """The command line -> (Config, resume). The toy model has a few defaults of its own; --resume takes over the settings of the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in dataclasses.fields(Config):
-        note = f"; toy model {TOY[option.name]}" if option.name in TOY else ""
-        note = f" (default {option.default}{note})" if option.name not in ("model", "data", "out", "embedder") else ""
-        choices, metavars = option.metadata.get("choices"), {"model": "DIR", "data": "DIR", "out": "DIR", "embedder": "CLIP"}
-        parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, choices=choices,
-                            metavar=None if choices else metavars.get(option.name, option.type.__name__.upper()), help=option.metadata["help"] + note)
+        how = {"metavar": None if "choices" in option.metadata else option.type.__name__.upper()} | option.metadata
+        if "metavar" not in option.metadata:  # the help of those that have one tells the default itself
+            how["help"] += f" (default {option.default}" + (f"; toy model {TOY[option.name]})" if option.name in TOY else ")")
+        parser.add_argument("--" + option.name.replace("_", "-"), type=option.type, default=argparse.SUPPRESS, **how)
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest in runs/) with the settings it was started with")
     given = vars(parser.parse_args(argv))
@@ -435,10 +414,10 @@ def settings(argv=None):
         if not re.fullmatch(r"(\d+(\.\d+)?,){3}\d+(\.\d+)?", config.mix) or not any(shares(config).values()):
             parser.error(f"--mix wants the shares of {', '.join(KINDS)}, such as {Config.mix}; not all that are left may be 0")
         return config, False
-    runs = [given["out"]] if "out" in given else sorted(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime)
-    if not runs or not (pathlib.Path(runs[-1]) / "state.pt").is_file():
-        parser.error(f"nothing to resume: {runs[-1] if runs else 'runs/'} has no state.pt")
-    saved = json.loads((pathlib.Path(runs[-1]) / "config.json").read_text())["settings"] | {"out": runs[-1]}
+    out = given.get("out") or newest_run()
+    if not (pathlib.Path(out) / "state.pt").is_file():
+        parser.error(f"nothing to resume: {out} has no state.pt")
+    saved = data.load_json(pathlib.Path(out) / "config.json")["settings"] | {"out": out}
     saved |= {"micro": given.get("micro", saved["micro"])}  # which changes no result, and helps after running out of memory
     if other := [name for name, value in given.items() if saved[name] != value]:
         was, now = saved[other[0]], given[other[0]]
@@ -502,8 +481,8 @@ def judge(mllm, games, texts, config):
         if game.target.truth:  # the toy world: only to measure, never a reward
             said = description.text if description else ""
             fits = [toy.oracle(said, photo.truth) for photo in game.pool]
-            row |= dict(oracle=float(bool(description) and fits[game.answer] and sum(fits) == 1),  # it fits the positive and nothing else
-                        leakage=float(toy.leaks(said)), coverage=toy.coverage(said))
+            # The oracle wants words that fit the positive and nothing else. (No words fit everything.)
+            row |= dict(oracle=float(fits[game.answer] and sum(fits) == 1), leakage=float(toy.leaks(said)), coverage=toy.coverage(said))
         rows.append(row)
     return rows
 
@@ -532,18 +511,16 @@ def pictures(game):
     return [game.target, *game.pool] if isinstance(game, data.Game) else game.photos
 
 
-def mean(rows, key):
-    """Mean of a column over the rows that have it, None where none has (only the toy world knows the truth)."""
-    values = [row[key] for row in rows if key in row]
+def mean(values):
+    """The mean of a list, None of an empty one."""
     return sum(values) / len(values) if values else None
 
 
+@torch.no_grad()
 def play(mllm, games, step, config):
     """Stages 2 to 5 -> (answers, their reference log-probs [N, C], advantages [N], rows for the log)."""
-    def score(ids):  # in the micro-batches of the update, so that the memory is bounded alike
-        with torch.no_grad():
-            return torch.cat([mllm.score(*part) for part in micro_batches(games, config, ids)])
-
+    # In the micro-batches of the update, so that the memory is bounded alike.
+    score = lambda ids: torch.cat([mllm.score(*part) for part in micro_batches(games, config, ids)])
     if config.method == "sft":
         answers = mllm.as_answers(given_captions(mllm, games, config.max_tokens))
         answers.logps = score(answers.ids)  # [N, C]
@@ -573,11 +550,9 @@ def given_captions(mllm, tasks, max_tokens):
 
 
 def micro_batches(games, config, *tensors):
-    """Yield (prompts, the rows of each tensor [N, ...] that belong to them), `config.micro` games at a time."""
-    for start in range(0, len(games), config.micro):
-        part = games[start:start + config.micro]
-        rows = slice(start * config.samples, (start + len(part)) * config.samples)
-        yield [speaker_prompt(game) for game in part], *(tensor[rows] for tensor in tensors)
+    """(prompts, the rows of each tensor [N, ...] that belong to them), `config.micro` games at a time."""
+    prompts = data.chunks([speaker_prompt(game) for game in games], config.micro)
+    return zip(prompts, *(tensor.split(config.micro * config.samples) for tensor in tensors))
 
 
 def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
@@ -587,7 +562,7 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
     # process with all the games would get.
     total = tokens if config.loss == "dapo" else len(answers.ids) * ranks()[1]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kl, clipped, grad_norm = torch.zeros((), device=mllm.device), torch.zeros((), device=mllm.device), 0.0
+    log, grad_norm = torch.zeros(2, device=mllm.device), 0.0  # kl and clip_fraction
     for _ in range(config.mu):
         for prompts, ids, mask, old, ref, A in micro_batches(games, config, answers.ids, answers.mask, answers.logps, ref_logps, advantages):
             logps = mllm.score(prompts, ids)  # [micro * G, C], the one pass with gradients
@@ -595,8 +570,7 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
                                          loss=config.loss, max_length=config.max_tokens, total=total)
             loss.backward()
             weight = mask.sum() / tokens / config.mu  # this micro-batch's share of all tokens and updates
-            kl += weight * stats["kl"]
-            clipped += weight * (stats["clip_high"] + stats["clip_low"])
+            log += weight * torch.tensor([stats["kl"], stats["clip_high"] + stats["clip_low"]], device=mllm.device)
         add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         grad_norm += norm.item() / config.mu
@@ -604,8 +578,8 @@ def update(mllm, games, answers, ref_logps, advantages, optimizer, config):
             raise FloatingPointError("the gradient is not finite; start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-    add_up([kl, clipped])
-    return dict(kl=kl.item(), clip_fraction=clipped.item(), grad_norm=grad_norm)
+    add_up([log])
+    return dict(kl=log[0].item(), clip_fraction=log[1].item(), grad_norm=grad_norm)
 
 
 def measure(mllm, games, config):
@@ -614,15 +588,14 @@ def measure(mllm, games, config):
     texts = mllm.tell([speaker_prompt(game) for game in games], config.max_tokens, "playing held-out games")
     rows = gather((judge if config.method == "rrg" else verify)(mllm, games, texts, config) if games else [])
     names = HELD_OUT if config.method == "rrg" else {kind: kind for kind in KINDS}
-    return {name: mean(rows, key) for name, key in names.items()}, rows
+    return {name: mean([row[key] for row in rows if key in row]) for name, key in names.items()}, rows  # only the toy world knows all of them
 
 
 # ----------------------------------------------------------------------------------------------------------------- the run
 def load_world(mllm, folder, seed):
-    """-> (the concepts in a folder of photos, or of the toy world where there is none; the categories to keep unseen, None: by the rule)."""
-    if folder:
-        return data.load_concepts(folder), None
-    return toy.world(seed, side(mllm)), toy.UNSEEN
+    """-> (the concepts in a folder of photos, or of the toy world where there is none; their split: to train on, held out, of unseen categories)."""
+    concepts, unseen = (data.load_concepts(folder), None) if folder else (toy.world(seed, side(mllm)), toy.UNSEEN)
+    return concepts, data.split_concepts(concepts, seed, unseen)
 
 
 def side(mllm):
@@ -639,8 +612,7 @@ def phrase(concept):
 
 def set_up(config, mllm):
     """Stage 1: concepts, splits and games -> (training games, held-out games of seen categories, of unseen ones)."""
-    concepts, unseen = load_world(mllm, config.data, config.seed)
-    known, *held_out = data.split_concepts(concepts, config.seed, unseen)  # held_out: of seen and of unseen categories
+    concepts, (known, *held_out) = load_world(mllm, config.data, config.seed)  # held_out: of seen and of unseen categories
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     if config.method == "rrg":
@@ -663,25 +635,13 @@ def exam(mllm, seen, unseen, config):
     """-> {"figures": the part of result.json, "examples": what is said in six held-out games, of different categories or kinds first}."""
     figures, rows = measure(mllm, seen, config)
     figures["unseen"] = measure(mllm, unseen, config)[0] if unseen else None
-    # The first game of each category or task of each kind: going backwards, the first one is what the dictionary keeps.
-    first = {game.category if isinstance(game, data.Game) else game.kind: i for i, game in reversed(list(enumerate(seen)))}
-    places = (sorted(first.values()) + [i for i in range(len(seen)) if i not in first.values()])[:6]
+    kinds = [game.category if isinstance(game, data.Game) else game.kind for game in seen]
+    places = sorted(range(len(seen)), key=lambda i: i != kinds.index(kinds[i]))[:6]  # the first of each kind, then the others
     return {"figures": figures, "examples": [seen[i].record() | {"text": rows[i]["text"], "rho": rows[i].get("rho")} for i in places]}
-
-
-def cut(path, step):
-    """Keep of a log (metrics.csv or samples.jsonl) the whole lines up to `step`: the rest is played again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        number = re.compile(r'(?:\{"step": )?(\d+)')  # both kinds of line begin with it; the heading of the table does not
-        kept = [line for line in lines if not (found := number.match(line)) or int(found[1]) <= step]
-        grpo.write_atomically(path, lambda new: new.write_text("".join(kept)))
 
 
 def save(out, mllm, optimizer, config, **rest):
     """The adapter, and all that `--resume` needs. Games and samples are seeded by the step, so no generator has to be kept."""
-    if ranks()[0]:
-        return
     grpo.save_adapter(mllm.model, out / "adapter", base=config.model)
     state = rest | {"lora": grpo.lora_state(mllm.model), "optimizer": optimizer.state_dict()}
     grpo.write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -690,18 +650,16 @@ def save(out, mllm, optimizer, config, **rest):
 def restore(out, mllm, optimizer):
     """Put adapters and optimizer back as they were saved, cut the logs there -> {"step", "seconds", "before"} of the saved run."""
     state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
-    for name, value in grpo.lora_state(mllm.model).items():
-        value.copy_(state["lora"][name])  # into the model: lora_state gives views of its weights
+    mllm.model.load_state_dict(state["lora"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    for log in ("metrics.csv", "samples.jsonl") if ranks()[0] == 0 else ():
-        cut(out / log, state["step"])
+    for log, heading in (("metrics.csv", 1), ("samples.jsonl", 0)) if ranks()[0] == 0 else ():
+        lines = (out / log).read_text().splitlines(True)[:heading + state["step"]]  # a line a step; what follows is played again
+        grpo.write_atomically(out / log, lambda path: path.write_text("".join(lines)))
     return {name: state[name] for name in ("step", "seconds", "before")}
 
 
 def open_run(out, mllm, config):
     """Write down what this run is, and begin its logs."""
-    if ranks()[0]:
-        return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     record = dict(command=shlex.join(["python", *sys.argv]), versions=versions, device=machine(mllm.device), settings=dataclasses.asdict(config))
     grpo.write_json(out / "config.json", record)
@@ -713,7 +671,7 @@ def summary(rows, samples):
     """The figures of a step's rows, `samples` a game, as METRICS defines them."""
     groups = [rows[i:i + samples] for i in range(0, len(rows), samples)]
     distinct = lambda key: [len({row[key] for row in group}) for group in groups]
-    return {key: value for key in METRICS if (value := mean(rows, key)) is not None} | dict(
+    return {key: mean(column) for key in METRICS if (column := [row[key] for row in rows if key in row])} | dict(
         zero_std_groups=distinct("reward").count(1) / len(groups), distinct=sum(distinct("text")) / len(rows))
 
 
@@ -737,51 +695,43 @@ def train(config, resume):
         state = restore(out, mllm, optimizer)
     else:
         state = dict(step=0, seconds=0.0, before=exam(mllm, seen, unseen, config))  # B is 0 still: the model as it came
-        open_run(out, mllm, config)
-        save(out, mllm, optimizer, config, **state)
+        if rank == 0:
+            open_run(out, mllm, config)
+            save(out, mllm, optimizer, config, **state)
     stopped = []  # Ctrl-C ends the step and saves; a second one ends at once
     signal.signal(signal.SIGINT, lambda *_: (stopped.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
     log_file = lambda name: out / name if rank == 0 else os.devnull  # only the first process writes
-    with open(log_file("metrics.csv"), "a", newline="") as metrics_file, open(log_file("samples.jsonl"), "a") as samples_file:
-        metrics = csv.DictWriter(metrics_file, METRICS)
+    with open(log_file("metrics.csv"), "a") as metrics, open(log_file("samples.jsonl"), "a") as samples:
         bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="training", unit="step")
         for step in bar:
             started = time.time()
             # linear warm-up to lr, then linear decay towards 0
             lr = config.lr * min((step + 1) / max(1, config.warmup), (config.steps - step) / max(1, config.steps - config.warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             games = my_part(data.games_of_step(training, step, config.games, config.seed))  # stage 1
             answers, ref_logps, advantages, rows = play(mllm, games, step, config)  # stages 2 to 5
             log = update(mllm, games, answers, ref_logps, advantages, optimizer, config)  # stage 6
             rows = gather(rows)
             log |= summary(rows, config.samples) | dict(step=step + 1, lr=lr, seconds=time.time() - started)
             state |= dict(step=step + 1, seconds=state["seconds"] + log["seconds"])
-            metrics.writerow({key: f"{value:.6g}" for key, value in log.items()})
+            print(*(f"{log[key]:.6g}" if key in log else "" for key in METRICS), sep=",", file=metrics, flush=True)
             one_game = dict(step=step + 1, **games[0].record(), samples=rows[:config.samples])  # with all its texts
-            samples_file.write(json.dumps(one_game) + "\n")
-            metrics_file.flush(), samples_file.flush()
+            print(json.dumps(one_game), file=samples, flush=True)
             bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "listener_accuracy", "nll", "kl") if key in log})
             stop = any(gather([bool(stopped)]))  # in all processes after the same step: one that waits for the others would wait for ever
-            if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if rank == 0 and (stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps):
                 save(out, mllm, optimizer, config, **state)
             if stop:
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    exams = {"before": state["before"], "after": exam(mllm, seen, unseen, config)}
-    result = {when: exam["figures"] for when, exam in exams.items()} | dict(
-        seed=config.seed, steps=config.steps, seconds=round(state["seconds"], 1), device=machine(mllm.device),
-        examples={when: exam["examples"] for when, exam in exams.items()})
+    before, after = state["before"], exam(mllm, seen, unseen, config)
+    result = dict(before=before["figures"], after=after["figures"], seed=config.seed, steps=config.steps, seconds=round(state["seconds"], 1),
+                  device=machine(mllm.device), examples={"before": before["examples"], "after": after["examples"]})
     if rank == 0:
         grpo.write_json(out / "result.json", result)
     show(result, out)
-    defaults = Config(**TOY) if toy.is_toy(config.model) else Config
-    flags = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in ("model", "data", "seed", "embedder", "max_pixels")
-             if getattr(config, name) != getattr(defaults, name)]
-    table, page = ["python", "evaluate.py", *sum(flags, ()), "--adapter", str(out / "adapter")], ["python", "evaluate.py", "--report", str(out)]
-    print(f"What the descriptions are worth to an assistant, a table: {shlex.join(table)}")
-    print(f"The same, and the run as a page to look at:               {shlex.join(page)}")
+    print(f"What the descriptions are worth to an assistant, as a table and as a page: {shlex.join(['python', 'evaluate.py', '--report', str(out)])}")
     return result
 
 
@@ -800,17 +750,16 @@ def held_out(result):
 def show(result, out):
     """Print before and after side by side, and three held-out games."""
     print(f"\n{'held-out games':16}{'seen categories':>22}{'unseen categories':>24}\n{'':16}{'before':>12}{'after':>10}{'before':>14}{'after':>10}")
-    for name, *cells in held_out(result):
-        print(f"{name:16}{cells[0]:>12}{cells[1]:>10}{cells[2]:>14}{cells[3]:>10}")
+    for line in held_out(result):
+        print("{:16}{:>12}{:>10}{:>14}{:>10}".format(*line))
     for rows in list(zip(*result["examples"].values()))[:3]:
         game = rows[0]
         print()
         print(f"{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else f"{game['question']!r} of {' + '.join(game['photos'])}")
         for when, row in zip(("before", "after"), rows):
-            answer, belief = reward.parse(row["text"]), ""
-            if "pool" in game:
-                belief = " ".join(f"{'*' if i == game['answer'] else ''}{rho:.2f}" for i, rho in enumerate(row["rho"] or [])) or "not parsed"
-            print(f"  {when:7}{answer.text if answer else row['text'][:300]!r}  [{belief}]".removesuffix("  []"))
+            text = description.text if (description := reward.parse(row["text"])) else row["text"][:300]
+            belief = " ".join(f"{'*' if i == game['answer'] else ''}{rho:.2f}" for i, rho in enumerate(row["rho"] or [])) or "not parsed"
+            print(f"  {when:7}{text!r}" + (f"  [{belief}]" if "pool" in game else ""))
     print(f"\n{result['seconds']:.0f} s of training. In {out}/: metrics.csv, samples.jsonl, result.json, and the speaker in adapter/")
 
 

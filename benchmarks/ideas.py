@@ -98,11 +98,7 @@ def dropping(mllm, step):
     """The same for answers of their own lengths."""
     draws = lambda: torch.Generator().manual_seed(0)
 
-    def prefix():
-        with torch.no_grad():
-            read = mllm.prefill([mllm.chat(*photos, text) for photos, text in step.prompts], [photos for photos, _ in step.prompts])
-        return read.take(mllm.each(len(step.prompts), step.config.samples))
-
+    prefix = torch.no_grad()(lambda: mllm.read(step.prompts, step.config.samples))
     with_it = torch.no_grad()(lambda: sample_and_drop(mllm, prefix(), step.config.max_tokens, draws()))
     return ("answers that have ended leave the batch", "rollout", with_it, lambda: mllm.sample(prefix(), step.config.max_tokens, draws()), "dropped")
 

@@ -112,7 +112,7 @@ def small_world(seed=0, size=64, concepts=4, views=3):
 
 def perfect(concept):
     photo = concept.photos[0]
-    return data.Entry(concept.name, concept.category, ". ".join(toy.sentence(photo.truth, toy.IDENTITY)), [photo])
+    return data.Entry(concept.name, concept.category, [photo], ". ".join(toy.sentence(photo.truth, toy.IDENTITY)))
 
 
 def examine(mllm, concepts, entries, **options):
@@ -124,7 +124,7 @@ def examine(mllm, concepts, entries, **options):
 def figures(toy_mllm):
     concepts = small_world(seed=5, concepts=3)
     entries = [perfect(concept) for concept in concepts]
-    wrong = [data.Entry(e.name, e.category, entries[i - 3].text, e.photos) for i, e in enumerate(entries)]  # each has another category's description
+    wrong = [data.Entry(e.name, e.category, e.photos, entries[i - 3].text) for i, e in enumerate(entries)]  # each has another category's description
     return examine(toy_mllm, concepts, entries), examine(toy_mllm, concepts, wrong, skip_retrieval=True)
 
 
@@ -156,7 +156,7 @@ def test_recognition_in_any_company(toy_mllm):
     """Padding, order and chunks change nothing, and each photo is encoded once however many descriptions are put to it."""
     concepts = small_world(seed=6, concepts=1, views=2)
     entries = [perfect(concept) for concept in concepts]
-    entries[0] = data.Entry(entries[0].name, "mug", "A photo of a mug. The mug.", entries[0].photos)  # of another length
+    entries[0] = data.Entry(entries[0].name, "mug", entries[0].photos, "A photo of a mug. The mug.")  # of another length
     pairs = [(concept.photos[1], entry) for concept in concepts for entry in entries]
     encoded, tower = [], toy_mllm.model.model.get_image_features
     toy_mllm.features = {}
@@ -276,7 +276,7 @@ def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
 
 def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
     photo = data.Photo("real", lambda: Image.new("RGB", (64, 64)))
-    entries = [data.Entry(name, "cup", text, [photo]) for name, text in (("a", "A mug on grass."), ("b", "A mug."), ("c", "A mug?"))]
+    entries = [data.Entry(name, "cup", [photo], text) for name, text in (("a", "A mug on grass."), ("b", "A mug."), ("c", "A mug?"))]
     verdicts = iter(['{"State": "No", "Location": "Yes"}', '{"State": "No", "Location": "No"}', "Well."])
     prompts = []
     monkeypatch.setattr(toy_mllm, "tell", lambda asked, most, progress: (prompts.extend(asked), list(verdicts))[1])

@@ -2,6 +2,7 @@
 
 The kills are slow and left out by default: python -m pytest -m slow -k killed -s
 """
+import io
 import json
 import os
 import pathlib
@@ -106,11 +107,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
-def picture_bytes(kind):
-    import io
-
+def picture_bytes(kind, width=40):
     file = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").resize((40, 32)).save(file, kind)
+    Image.linear_gradient("L").convert("RGB").resize((width, 32)).save(file, kind)
     return file.getvalue()
 
 
@@ -136,7 +135,7 @@ def test_photos_spoiled_in_any_way_are_counted_or_refused(tmp_path):
             for view in range(rng.choice([1, 2, 3])):
                 path = root / rng.choice(["", "", "cups/"]) / name / f"{rng.choice(NAMES[:5])} {view}.{rng.choice([*GOOD, 'PNG', 'tiff'])}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(spoil(rng.choice(list(GOOD.values())), rng))
+                path.write_bytes(spoil(picture_bytes(rng.choice(["PNG", "JPEG", "WEBP", "BMP"]), rng.randint(40, 99)), rng))
         if rng.random() < 0.3:
             (root / "loop").symlink_to(root, target_is_directory=True)
         if rng.random() < 0.2:
@@ -299,7 +298,7 @@ def test_a_number_that_is_not_one_stops_the_run_before_the_update(tmp_path, monk
     world = toy.world
     monkeypatch.setattr(toy, "world", lambda seed, size: world(seed, size, 4, 3))
     if what == "listener":
-        monkeypatch.setattr(reward, "fit", lambda logits, yes, no: torch.full((len(logits),), torch.nan))
+        monkeypatch.setattr(reward, "belief", lambda logits, yes, no: torch.full((len(logits),), torch.nan))
     else:
         loss = grpo.grpo_loss
         monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: (loss(*a, **k)[0] * torch.nan, {"kl": 0.0, "clip_high": 0.0, "clip_low": 0.0}))
