@@ -341,15 +341,18 @@ def flag(default, help, **extra):
 @dataclass
 class Config:
     """Every setting of a run; each field is a flag of the command line. The defaults are the paper's, for a real model."""
+    # what is trained, on what
     model: str = flag(str(toy.FOLDER), "checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model", metavar="DIR")
     data: str = flag("", "folder of photos, one folder a thing (data.py lists the layouts), or hub dataset such as google/dreambooth; "
                          "default: toy pictures", metavar="DIR")
     out: str = flag("", "run folder; default: runs/DATE-TIME", metavar="DIR")
     method: str = flag("rrg", "how to learn: by the game, by RePIC's tasks, or from given captions", choices=("rrg", "repic", "sft"))
     seed: int = flag(0, "seed of splits, games, initial adapters and samples")
+    # how much
     steps: int = flag(125, "training steps; 125 steps of 16 games are the paper's 500 games x 4 epochs")
     games: int = flag(16, "games (prompts) a step")
     samples: int = flag(8, "G, descriptions sampled for each target")
+    # the game and what it pays
     k: int = flag(3, "K, pictures in a pool: one hard positive and K - 1 hard negatives")
     embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower",
                          metavar="CLIP")
@@ -360,9 +363,11 @@ class Config:
     listener_weight: float = flag(1.0, "weight of the listener's reward (0 to 1)")
     format_weight: float = flag(1.0, "weight of the format reward (0 to 1)")
     length_weight: float = flag(0.1, "weight of the length reward (0 to 1)")
+    # RePIC's tasks
     mix: str = flag(",".join(map("{:g}".format, KINDS.values())), f"repic: the shares of {', '.join(KINDS)}")
     min_chars: int = flag(100, "repic: a caption shorter than this many characters earns nothing")
     without: str = flag("none", "repic: leave out a task, or the least length of captions", choices=("none", "oct", "vlt", "ict", "length"))
+    # the learner
     lr: float = flag(1e-5, "learning rate, reached after the warm-up, then falling linearly to 0")
     warmup: int = flag(10, "steps of warm-up")
     mu: int = flag(1, "updates on each batch of samples; the clip works from the second on")
@@ -373,6 +378,7 @@ class Config:
     std_floor: float = flag(0.05, "a group's standard deviation is taken to be at least this, so that noise is not amplified")
     rank: int = flag(64, "rank of the LoRA adapters")
     alpha: int = flag(128, "scale of the LoRA adapters; the update is alpha/rank B A")
+    # sizes, which decide the memory; and measuring
     max_tokens: int = flag(128, "longest description, in tokens")
     max_pixels: int = flag(401408, "photos are shrunk to at most this many pixels (401408 = 512 image tokens)")
     micro: int = flag(1, "games that go through the backward pass at once: raise it where there is memory to spare; it changes no result")
