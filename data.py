@@ -351,6 +351,7 @@ def load_queries(path):
 class Entry(Concept):
     """What is remembered of a concept: a description, and of its photos those that the description was written from."""
     text: str
+    malformed: bool = False  # is the description in another form than was asked for?
 
 
 def prose(info):

@@ -50,6 +50,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -151,18 +152,16 @@ def name_grounding(rows, case_sensitive=False):
 
 
 # --------------------------------------------------------------------------------------------------------- describe, remember
-def describe(mllm, concepts, references, max_tokens):
-    """-> ([Entry] of the concepts, the names of those described in another form than asked for). `references` {concept name: photos}.
+def describe(mllm, concepts, max_tokens):
+    """-> [Entry] of the concepts, whose photos are all described by the speaker, which is the model as it is now, greedy.
 
-    The speaker is the model as it is now, greedy. A malformed description is remembered, too, only without its tags: an assistant has to
-    live with what was said.
+    A malformed description is remembered, too, only without its tags: an assistant has to live with what was said.
     """
-    photos = [photo for concept in concepts for photo in references[concept.name]]
+    photos = [photo for concept in concepts for photo in concept.photos]
     said = dict(zip(photos, mllm.tell([([photo], reward.SPEAK) for photo in photos], max_tokens, "describing")))
     plain = lambda text: description.text if (description := reward.parse(text)) else " ".join(re.sub(r"</?\w+>", " ", text).split())
-    entries = [data.Entry(concept.name, concept.category, references[concept.name],
-                          " ".join(plain(said[photo]) for photo in references[concept.name])) for concept in concepts]
-    return entries, {entry.name for entry in entries if not all(reward.parse(said[photo]) for photo in entry.photos)}
+    return [data.Entry(concept.name, concept.category, concept.photos, " ".join(plain(said[photo]) for photo in concept.photos),
+                       malformed=not all(reward.parse(said[photo]) for photo in concept.photos)) for concept in concepts]
 
 
 def leakage(mllm, entries, max_tokens):
@@ -203,11 +202,12 @@ def recognise(mllm, pairs, max_tokens):
     return [row and row["Answer"] == "Yes" for row in rows]  # None stays None
 
 
-def answer(mllm, questions, entries, max_tokens):
-    """questions [data.Question] -> [whether the answer is right, None where it cannot be read]."""
-    texts = {entry.name: reward.quoted(entry.text, mllm.special_tokens) for entry in entries}
-    asked = [(q.photo, "\n".join([f"{tag(q.concept)}: {texts[q.concept]}", q.text.format(tag(q.concept)),
-                                  *(f"{letter}. {option}" for letter, option in q.options.items())])) for q in questions]
+def answer(mllm, questions, known, max_tokens):
+    """questions [data.Question], known {name: entry} -> [whether the answer is right, None where it cannot be read]."""
+    asked = []
+    for q in questions:
+        lines = [f"{tag(q.concept)}: {reward.quoted(known[q.concept].text, mllm.special_tokens)}", q.text.format(tag(q.concept))]
+        asked.append((q.photo, "\n".join([*lines, *(f"{letter}. {option}" for letter, option in q.options.items())])))
     rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, max_tokens, "answering"))]
     return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
 
@@ -234,40 +234,42 @@ def grounding(mllm, embedder, known, tested, split, options):
             before, after = reward.REPIC["ict"][number % 3]  # the three wordings in turn
             prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
             expected.append([tag(name) for name in (others if how == "wrong" else names)])
-        scores = name_grounding(list(zip(expected, mllm.tell(prompts, options.max_tokens, "calling by name"))), case_sensitive=many == 2)
-        figures |= {f"names_{many}_{how}_{key}": value if enough else None for key, value in scores.items()}
+        captions = mllm.tell(prompts, options.max_tokens, "calling by name")
+        for key, value in name_grounding(zip(expected, captions), case_sensitive=many == 2).items():
+            figures[f"names_{many}_{how}_{key}"] = value if enough else None
     return figures
 
 
 def examine(mllm, embedder, entries, tests, questions, pairs, options):
     """All figures of one part of the table: `tests` [(photo, concept name)] put to the database `entries`. Fractions, None where unknown.
 
-    `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, or questions of the toy world.
+    `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, of which those count that are about the
+    tests, or questions of the toy world and nothing: then each photo is put to each entry.
     """
-    photos, known = [photo for photo, _ in tests], {entry.name: entry for entry in entries}
-    best, _ = retrieve(*similarity(embedder, photos, entries), options.k)  # [P, k]
+    known, shown = {entry.name: entry for entry in entries}, dict(tests)
+    best, _ = retrieve(*similarity(embedder, list(shown), entries), options.k)  # [P, k]
     candidates = [[entries[i] for i in row] for row in best.tolist()]
     if options.skip_retrieval:  # the right one instead of the last
-        candidates = [some if known[name] in some else [*some[:-1], known[name]] for (_, name), some in zip(tests, candidates)]
-    captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
+        candidates = [some if known[name] in some else [*some[:-1], known[name]] for name, some in zip(shown.values(), candidates)]
+    captions = caption(mllm, list(shown), candidates, options.max_tokens, options.seed)
     chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
-    called = name_grounding([([tag(name)], row["Caption"] if row else "") for (_, name), (_, row, _) in zip(tests, captions)])
-    shown, kind = dict(tests), {entry.name: entry.category for entry in entries}
-    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}  # every photo, every concept
-    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in known}  # of the benchmark's own those here
+    called = name_grounding([([tag(name)], row["Caption"] if row else "") for name, (_, row, _) in zip(shown.values(), captions)])
+    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
+    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in known}
     said = recognise(mllm, [(photo, known[name]) for photo, name in pairs], options.max_tokens)
-    right = answer(mllm, questions, entries, options.max_tokens)
+    kin = [known[name].category == known[shown[photo]].category for photo, name in pairs]
+    right = answer(mllm, [q for q in questions if q.concept in shown.values()], known, options.max_tokens)
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
     return {
-        **captioning_scores([(name, choice) for (_, name), choice in zip(tests, chosen)], set(shown.values())),
+        **captioning_scores(list(zip(shown.values(), chosen)), set(shown.values())),
         **{f"name_{key}": value for key, value in called.items()},
-        **recognition_scores([(same, yes, kind[name] == kind[shown[photo]]) for ((photo, name), same), yes in zip(pairs.items(), said)]),
+        **recognition_scores(list(zip(pairs.values(), said, kin))),
         "vqa": rrg.mean([hit is True for hit in right]), "leakage": leaked, "words": rrg.mean([len(entry.text.split()) for entry in entries]),
-        "retrieval_ceiling": rrg.mean([known[name] in some for (_, name), some in zip(tests, candidates)]),
+        "retrieval_ceiling": rrg.mean([known[name] in some for name, some in zip(shown.values(), candidates)]),
         "unparsed": rrg.mean([hit is None for hit in [*chosen, *said, *right]]),
-        "counts": {"concepts": len({name for _, name in tests}), "database": len(entries), "photos": len(photos), "pairs": len(pairs),
-                   "questions": len(questions), "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None),
-                   "unparsed_vqa": right.count(None), "unparsed_leakage": unjudged},
+        "counts": {"concepts": len(set(shown.values())), "database": len(entries), "photos": len(shown), "pairs": len(pairs), "questions": len(right),
+                   "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None), "unparsed_vqa": right.count(None),
+                   "unparsed_leakage": unjudged, "malformed_descriptions": sum(entry.malformed for entry in entries)},
     }
 
 
@@ -281,16 +283,15 @@ GROUNDING = {f"names_{many}_{how}_f1": f"{many} {'name' if many == 1 else 'names
 
 def tables(rows):
     """What a table looks like to people: yields (title, [the lines' cells, the heading first]), for seen and for unseen categories."""
+    cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"
+    lines = lambda columns, some: [["", *columns.values()], *([name, *(cell(key, row.get(key)) for key in columns)] for name, row in some.items())]
     for part in ("seen", "unseen"):
         if some := {name: row[part] for name, row in rows.items() if row[part]}:
             counts = next(iter(some.values()))["counts"]
-            titles = [f"{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the "
-                      f"database, {counts['pairs']} pairs to recognise, {counts['questions']} questions",
-                      "names in captions (F1), by how many things there are and which references are given"]
-            grounded = any("names_1_right_f1" in figures for figures in some.values())
-            for title, columns in list(zip(titles, (COLUMNS, GROUNDING)))[:1 + grounded]:
-                cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"
-                yield title, [["", *columns.values()], *([name, *(cell(key, figures.get(key)) for key in columns)] for name, figures in some.items())]
+            yield (f"{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the database, "
+                   f"{counts['pairs']} pairs to recognise, {counts['questions']} questions"), lines(COLUMNS, some)
+            if any(GROUNDING.keys() & row.keys() for row in some.values()):
+                yield "names in captions (F1), by how many things there are and which references are given", lines(GROUNDING, some)
 
 
 def show(rows):
@@ -315,47 +316,42 @@ def table(mllm, embedder, options, models):
     seen = train + test
     held = {"seen": (seen, seen if options.all else test), "unseen": (unseen, unseen)}  # part: (concepts in the database, those tested)
     split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
-    references = {name: photos for name, (photos, _) in split.items()}
     asked, pairs = (data.load_questions(root, concepts), data.load_pairs(root, concepts)) if root else ([], {})
     photos = [photo for concept in concepts for photo in concept.photos]
     mllm.look(photos, progress=True)
     mllm.check(tag(concept.name) for concept in concepts)
-    # {row: (entries, names of the malformed ones, {part: figures of --grounding})}
-    remembered = {file: (recall(file, concepts, photos), set(), {}) for file in options.database}
+    remembered, grounded = {file: recall(file, concepts, photos) for file in options.database}, {}  # {row: entries}, {(row, part): figures}
     # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
-    used = {data.fingerprint(photo.open()) for entries, *_ in remembered.values() for entry in entries for photo in entry.photos}
-    fresh = {photo for _, tests in split.values() for photo in tests if not used or data.fingerprint(photo.open()) not in used}
+    used = {data.fingerprint(photo.open()) for entries in remembered.values() for entry in entries for photo in entry.photos}
+    tests = {part: [(photo, concept.name) for concept in tested for photo in split[concept.name][1]
+                    if not used or data.fingerprint(photo.open()) not in used] for part, (_, tested) in held.items()}
     for name in models:  # all that is said with an adapter on comes first; what reads it, below, is the model without
-        if name != "base":
-            adapt(mllm, name)
-            warn_of_other_split(name, options)
-        remembered[name] = *describe(mllm, concepts, references, options.max_tokens), {
-            part: grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
+        adapt(mllm, name)
+        warn_of_other_split(name, options)
+        remembered[name] = describe(mllm, [replace(concept, photos=split[concept.name][0]) for concept in concepts], options.max_tokens)
+        grounded |= {(name, part): grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
     result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
     for name in [*models, *options.database]:
-        entries, malformed, grounded = remembered[name]
         result["rows"][name] = row = {"seen": None, "unseen": None}
         print(f"evaluating {name}")
-        for part, (known, tested) in held.items():
-            tests = [(photo, concept.name) for concept in tested for photo in split[concept.name][1] if photo in fresh]
-            if tests:
-                names, shown = {concept.name for concept in known}, {name for _, name in tests}
-                questions = [q for q in asked if q.concept in shown] if root else toy.questions(tests, options.seed)
-                row[part] = examine(mllm, embedder, [entry for entry in entries if entry.name in names], tests, questions, pairs, options)
-                row[part] |= grounded.get(part, {})
-                row[part]["counts"]["malformed_descriptions"] = len(malformed & names)
+        for part, (known, _) in held.items():
+            if tests[part]:
+                entries = [entry for entry in remembered[name] if entry.name in {concept.name for concept in known}]
+                questions = asked if root else toy.questions(tests[part], options.seed)
+                row[part] = examine(mllm, embedder, entries, tests[part], questions, pairs, options) | grounded.get((name, part), {})
         if options.out:
             grpo.write_json(options.out, result)  # and the descriptions beside it:
             file, slug = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
-            grpo.write_json(file.with_name(f"{file.stem}-{slug}-database.json"), data.database(entries, root))
+            grpo.write_json(file.with_name(f"{file.stem}-{slug}-database.json"), data.database(remembered[name], root))
     return result
 
 
-def adapt(mllm, folder):
-    """Put an adapter on."""
-    with data.refusing("cannot put the adapter on", ValueError):
-        grpo.load_adapter(mllm.model, folder)
+def adapt(mllm, adapter):
+    """Put an adapter on; "base" is none."""
+    if adapter != "base":
+        with data.refusing("cannot put the adapter on", ValueError):
+            grpo.load_adapter(mllm.model, adapter)
 
 
 def warn_of_other_split(adapter, options):
@@ -376,14 +372,12 @@ def ask(mllm, embedder, options):
     if options.database:
         entries = data.read_database(options.database[0])
     else:
-        if options.adapter:
-            adapt(mllm, options.adapter[0])
-        concepts = data.load_concepts(options.photos, least=1)
-        references = {concept.name: concept.photos[:options.references] for concept in concepts}
-        entries, malformed = describe(mllm, concepts, references, options.max_tokens)
+        things = [replace(concept, photos=concept.photos[:options.references]) for concept in data.load_concepts(options.photos, least=1)]
+        adapt(mllm, *options.adapter or ["base"])
+        entries = describe(mllm, things, options.max_tokens)
         grpo.remove_lora(mllm.model)
-        if malformed:
-            print(f"{len(malformed)} descriptions are not in the form that was asked for")
+        if malformed := sum(entry.malformed for entry in entries):
+            print(f"{malformed} descriptions are not in the form that was asked for")
     if options.out:
         grpo.write_json(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
     elif not options.database:
@@ -405,154 +399,147 @@ def ask(mllm, embedder, options):
 
 # ---------------------------------------------------------------------------------------------------------- a run as a page
 CURVES = ("reward", "listener_accuracy", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
-STYLE = """:root{color-scheme:light dark;--line:#8886;--bad:#c0392b;--good:#1a7f37}@media(prefers-color-scheme:dark){:root{--bad:#ff8a7a;--good:#57d17b}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}h1,h2{line-height:1.2}h2{margin-top:2.5rem}
-.row{display:flex;flex-wrap:wrap;gap:1rem}.row>*{margin:0;flex:1 1 14rem}.row>figure{flex:1 1 6rem;max-width:14rem}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1rem}.curves figure{margin:0}
-figure img{width:100%;border-radius:.4rem}article{border-top:1px solid var(--line);padding:1rem 0}.scroll{overflow-x:auto}h3{font-size:1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}th:first-child{text-align:left;font-weight:normal;min-width:7rem;overflow-wrap:anywhere}
-.bar{display:block;height:.6rem;background:var(--line);border-radius:.3rem;overflow:hidden}.bar i{display:block;height:100%;background:currentColor}
-.before{color:var(--bad)}.after{color:var(--good)}svg{width:100%}mark{text-decoration:underline wavy}pre{white-space:pre-wrap}"""
+HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><style>:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
+div{display:flex;flex-wrap:wrap;gap:1rem}figure{flex:1 1 10rem;max-width:15rem;margin:0}img,svg,meter{width:100%}label{display:block}
+section{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:7rem;overflow-wrap:anywhere}
+article{border-top:1px solid;padding:1rem 0}h2{margin-top:2.5rem}pre{white-space:pre-wrap}</style>"""
 
 
-def chart(name, points, last):
-    """One curve over training as SVG, points [(step, value)] of a run of `last` steps: values faint, the mean of the last tenth of them bold."""
-    steps, values = zip(*points)  # the plot is 300 x 100, whose upper tenth stays free
+class Html(str):
+    """Text that is HTML already."""
+
+
+def element(name, *inside, **attributes):
+    """<name attribute="...">inside</name> as Html; text that is not Html is escaped. With nothing inside there is no end tag, as of <img>."""
+    given = "".join(f' {key.replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items())
+    content = "".join(part if isinstance(part, Html) else html.escape(part) for part in inside)
+    return Html(f"<{name}{given}>{content}</{name}>" if inside else f"<{name}{given}>")
+
+
+def chart(name, log):
+    """A column of metrics.csv as SVG: its values faint, the mean of the last tenth of them bold."""
+    steps, values = zip(*((int(row["step"]), float(row[name])) for row in log if row[name]))
     top, window = max(values), max(1, len(values) // 10)
-    smooth = [sum(part) / len(part) for part in (values[max(0, i - window + 1):i + 1] for i in range(len(values)))]
-    line = lambda ys: " ".join(f"{300 * step / last:.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for step, y in zip(steps, ys))
+    smooth = [rrg.mean(values[max(0, i - window):i]) for i in range(1, len(values) + 1)]
+    line = lambda ys: " ".join(f"{300 * x / len(log):.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for x, y in zip(steps, ys))  # on 300 x 100
     told = f"{name.replace('_', ' ')}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}, at most {top:.3g}"
-    return (f'<figure><svg viewBox="-2 0 304 104" role="img" aria-label="{told}"><path d="M0 0V100H300" fill="none" stroke="#888"/>'
-            f'<polyline points="{line(values)}" fill="none" stroke="#2471a3" opacity=".4"/><polyline points="{line(smooth)}" fill="none" stroke="#2471a3" '
-            f'stroke-width="3"/></svg><figcaption>{told}<br><small>{html.escape(rrg.METRICS[name])}</small></figcaption></figure>')
+    drawn = Html(f'<svg viewBox="-2 0 304 104" fill="none" stroke="currentColor" role="img" aria-label="{told}"><path d="M0 0V100H300"/>'
+                 f'<polyline points="{line(values)}" opacity=".4"/><polyline points="{line(smooth)}" stroke-width="3"/></svg>')
+    return element("figure", drawn, element("figcaption", told, element("br"), element("small", rrg.METRICS[name])))
 
 
 def grid(title, lines):
-    """A table as HTML: [the lines' cells, the heading first]."""
-    head, *body = [[html.escape(cell) for cell in line] for line in lines]
-    return (f'<h3>{html.escape(title)}</h3><div class="scroll" role="region" aria-label="{html.escape(title)}" tabindex="0"><table><tr>'
-            + "".join(f'<th scope="col">{text}</th>' for text in head) + "</tr>"
-            + "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{text}</td>" for text in rest)}</tr>' for first, *rest in body) + "</table></div>")
+    """A table as HTML: [the lines' cells, the heading first]. One that is too wide scrolls on its own."""
+    head, *body = lines
+    rows = [element("tr", *(element("th", cell, scope="col") for cell in head))]
+    rows += [element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in rest)) for first, *rest in body]
+    return element("section", element("h3", title), element("table", *rows), aria_label=title, tabindex=0)
 
 
-def figure(photo, told, more=""):
-    """A photo within the page, its name and its caption, and `more` of HTML between the two."""
-    image, file = photo.open(), io.BytesIO()
+def figure(photo, told, *more):
+    """A photo within the page, what it is, and `more`."""
+    image, file, told = photo.open(), io.BytesIO(), f"{photo.name}: {told}"
     image.thumbnail((320, 320))
     image.save(file, "JPEG", quality=90)
-    told = html.escape(f"{photo.name}: {told}")
-    return (f'<figure><img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{told}">{more}'
-            f"<figcaption>{told}</figcaption></figure>")
+    pixels = base64.b64encode(file.getvalue()).decode()
+    return element("figure", element("img", src=f"data:image/jpeg;base64,{pixels}", alt=told), element("figcaption", told), *more)
 
 
-def marked(when, row, truth_known):
-    """What was said of a picture "before" or "after", with leaked words marked if the truth is known."""
-    text = html.escape(answer.text if (answer := reward.parse(row["text"])) else row["text"])
-    leak = lambda word: f"<mark>{word[0]}</mark>" if truth_known and toy.leaks(word[0]) else word[0]
-    return f'<p><b class="{when}">{when}</b> {re.sub("[A-Za-z]+", leak, text)}</p>'
-
-
-def example(rows, photos):
-    """One held-out game or task, {"before": row, "after": row} of result.json."""
-    game, truth_known = rows["before"], all(photo.truth for photo in photos.values())
-    words = "".join(marked(when, row, truth_known) for when, row in rows.items())
-    if "pool" not in game:
-        shown = "".join(figure(photos[name], f"picture {i}") for i, name in enumerate(game["photos"], 1))
-        right = html.escape(f"{game['kind']}; right: {game['solution']}")
-        return f'<article><p>{html.escape(game["question"])} ({right})</p><div class="row">{shown}<div>{words}</div></div></article>'
-    pool = ""
-    for i, name in enumerate(game["pool"]):
-        told = "hard positive: the same thing" if i == game["answer"] else "a look-alike"
-        bar = lambda when, rho: (f'<span class="{when}">{when}: {rho[i]:.0%} yes<span class="bar" aria-hidden="true"><i style="width:{rho[i]:.0%}"></i>'
-                                 "</span></span>" if rho else f"<span>{when}: not parsed</span>")
-        pool += figure(photos[name], told, "".join(bar(when, row["rho"]) for when, row in rows.items()))
-    return (f'<article><div class="row">{figure(photos[game["target"]], "target, what the speaker sees")}<div>{words}</div></div>'
-            f'<p>Does the description fit? The listener of each candidate:</p><div class="row">{pool}</div></article>')
+def example(rows, photos, truth_known):
+    """One held-out game or task, {"before": row, "after": row} of result.json. Words that leak are marked where the truth is known."""
+    game, said = rows["before"], []
+    if "pool" in game:
+        shown = [figure(photos[game["target"]], "target, what the speaker sees")]
+        for i, name in enumerate(game["pool"]):
+            beliefs = {when: row["rho"][i] for when, row in rows.items() if row["rho"]}
+            bars = [element("label", f"{when}: {rho:.0%} yes", element("meter", "", value=rho)) for when, rho in beliefs.items()]
+            shown.append(figure(photos[name], "hard positive: the same thing" if i == game["answer"] else "a look-alike", *bars))
+    else:
+        shown = [figure(photos[name], f"picture {i}") for i, name in enumerate(game["photos"], 1)]
+        said.append(element("p", f"{game['question']} ({game['kind']}; right: {game['solution']})"))
+    for when, row in rows.items():
+        description = reward.parse(row["text"])
+        words = re.split(r"\b", description.text if description else row["text"])
+        title = when if description or "pool" not in game else f"{when} (not parsed)"
+        said.append(element("p", element("b", title), " ", *(element("mark", word) if truth_known and toy.leaks(word) else word for word in words)))
+    return element("article", element("div", *shown), *said)
 
 
 def group(logged, std_floor):
     """A line of samples.jsonl, one game of a training step: its G answers, what they earned, and how much better than its siblings each is."""
     rewards = [row["reward"] for row in logged["samples"]]
     advantages = grpo.group_advantages(torch.tensor([rewards]), std_floor=std_floor)[0].tolist()
-    title = f"step {logged['step']}: the answers about {logged.get('target') or logged['question']}"
     lines = [[row["text"], f"{pay:.3f}", f"{A:+.2f}"] for row, pay, A in zip(logged["samples"], rewards, advantages)]
-    return grid(title, [["answer", "reward", "advantage"], *lines])
+    return grid(f"step {logged['step']}: the answers about {logged.get('target') or logged['question']}", [["answer", "reward", "advantage"], *lines])
 
 
-def album(folder, mllm):
-    """{name: Photo} of the pictures that a finished run shows. Raises DataError where one is no longer there."""
-    config, examples = rrg.Config(**data.load_json(folder / "config.json")["settings"]), data.load_json(folder / "result.json")["examples"]["before"]
-    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
-    names = [name for game in examples for name in (game.get("photos") or [game["target"], *game["pool"]])]
-    if missing := [name for name in names if name not in photos]:
-        raise data.DataError(f"{config.data or 'the toy world'} is not what it was when {folder} was trained: {missing[0]} is not there")
-    return {name: photos[name] for name in names}
-
-
-def page(folder, photos, rows):
-    """A finished run, the `photos` it shows, and the `rows` of its table as one HTML page without anything from elsewhere."""
+def page(mllm, folder, rows):
+    """A finished run and the `rows` of its table as one HTML page without anything from elsewhere."""
     record, result = data.load_json(folder / "config.json"), data.load_json(folder / "result.json")
-    config = rrg.Config(**record["settings"])
-    with open(folder / "metrics.csv") as file:
-        log = list(csv.DictReader(file))
+    log = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    curves = {name: [(int(row["step"]), float(row[name])) for row in log if row[name]] for name in CURVES}
+    config, title = rrg.Config(**record["settings"]), folder.resolve().name
+    truth_known = config.method == "rrg" and not config.data
     parts = {
-        "Results": grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)])
-                   + "".join(grid(*some) for some in tables(rows)),
-        "Curves": "<p>Each step faint, the mean of the last tenth of the steps bold.</p>"
-                  f'<div class="curves">{"".join(chart(name, points, len(log)) for name, points in curves.items() if points)}</div>',
-        "Games": "<p>Held out from training, answered greedily."
-                 + " Marked words tell of place, pose or light, which the next photo will not share." * (config.method == "rrg" and not config.data) + "</p>"
-                 + "".join(example(dict(zip(("before", "after"), pair)), photos) for pair in zip(*result["examples"].values())),
-        "Groups": "<p>What the advantages are made of: all answers of one game, at the first step and at the last.</p>"
-                  + "".join(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:]) if config.method != "sft" else ""}
-    name = html.escape(folder.resolve().name)
-    body = "".join(f'<h2 id="{title}">{title}</h2>{part}' for title, part in parts.items() if part)
-    links = " · ".join(f'<a href="#{title}">{title}</a>' for title, part in parts.items() if part)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{name}</title>'
-            f"<style>{STYLE}</style><main><h1>{name}</h1><p>{config.method} · {result['steps']} steps in {result['seconds']:.0f} s on "
-            f'{html.escape(result["device"])}</p><pre>{html.escape(record["command"])}</pre><nav>{links}</nav>{body}</main></html>\n')
+        "Results": [grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)]),
+                    *(grid(*some) for some in tables(rows))],
+        "Curves": [element("p", "Each step faint, the mean of the last tenth of the steps bold."),
+                   element("div", *(chart(name, log) for name in CURVES if any(row[name] for row in log)))],
+        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: does the description fit, in the listener's belief?"
+                               " Marked words tell of place, pose or light, which the next photo will not share." * truth_known)]}
+    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
+    with data.refusing(f"{config.data or 'the toy world'} is not what it was when {folder} was trained; it lacks", KeyError):
+        parts["Games"] += [example(dict(zip(result["examples"], pair)), photos, truth_known) for pair in zip(*result["examples"].values())]
+    if config.method != "sft":
+        parts["Groups"] = [element("p", "What the advantages are made of: all answers of one game, at the first step and at the last."),
+                           *(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:])]
+    body = [inside for name, part in parts.items() for inside in (element("h2", name, id=name), *part)]
+    links = [element("a", f"{name} ", href=f"#{name}") for name in parts]
+    told = f"{config.method} · {result['steps']} steps in {result['seconds']:.0f} s on {result['device']}"
+    return "<!doctype html>" + element("html", Html(HEAD), element("title", title), element("main", element("h1", title), element("p", told), element(
+        "pre", record["command"]), element("nav", *links), *body), lang="en")
 
 
 def options_of_run(folder):
     """A finished run's own options for its table. Raises DataError if the folder holds no such run."""
-    folder = pathlib.Path(folder)
     if not (folder / "result.json").is_file():
         raise data.DataError(f"{folder} holds no finished run; to finish one: python rrg.py --out {folder} --resume")
     own = data.load_json(folder / "config.json")["settings"]
-    return argparse.Namespace(**{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")},
-                              adapter=[str(folder / "adapter")], out=str(folder / "table.json"))
+    return {"adapter": [str(folder / "adapter")], "out": str(folder / "table.json"),
+            **{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")}}
 
 
 def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: a folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
-    add("--adapter", action="append", default=[], metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
-    add("--data", default="", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
-    add("--database", action="append", default=[], metavar="FILE",
-        help="descriptions made elsewhere, in RAP's JSON: a row of the table (several times), or with --query all that is known")
-    add("--photos", default="", metavar="DIR", help="with --query: your things, a photo or a folder of photos each, named as they are called")
-    add("--query", default="", metavar="FILE", help="ask about this one picture")
-    add("--references", type=int, default=1, metavar="INT",
-        help="photos described of each concept (default 1; MyVLM is published with 4 and seeds 0 to 4, PerVA with 5); one is always left for the test")
-    add("--k", type=int, default=3, metavar="INT", help="descriptions retrieved for a photo (default 3)")
-    add("--skip-retrieval", action="store_true", help="the right concept is always among the k")
-    add("--embedder", default="", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
-    add("--grounding", action="store_true", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
-    add("--all", action="store_true", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
-    add("--seed", type=int, default=0, metavar="INT", help="seed of splits, references and letters: give the run's, if it was not 0 (default 0)")
-    add("--max-tokens", type=int, default=128, metavar="INT", help="longest description or answer, in tokens (default 128)")
-    add("--max-pixels", type=int, metavar="INT", help=f"photos are shrunk to at most this many pixels (default {rrg.Config.max_pixels}; "
-                                                       f"toy model {rrg.TOY['max_pixels']})")
-    add("--out", default="", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
-    add("--report", nargs="?", const=rrg.newest_run(), default="", metavar="RUN",
+    add, several = partial(parser.add_argument, default=""), partial(parser.add_argument, action="append", default=[])
+    number, switch = partial(parser.add_argument, type=int, metavar="INT"), partial(parser.add_argument, action="store_true")
+    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: folder or hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    several("--adapter", metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
+    add("--data", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
+    several("--database", metavar="FILE", help="descriptions made elsewhere, in RAP's JSON: a row of the table (several times), "
+                                               "or with --query all that is known")
+    add("--photos", metavar="DIR", help="with --query: your things, a photo or a folder of photos each, named as they are called")
+    add("--query", metavar="FILE", help="ask about this one picture")
+    number("--references", default=1, help="photos described of each concept (default 1; MyVLM is published with 4 and seeds 0 to 4, PerVA with 5); "
+                                           "one is always left for the test")
+    number("--k", default=3, help="descriptions retrieved for a photo (default 3)")
+    switch("--skip-retrieval", help="the right concept is always among the k")
+    add("--embedder", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
+    switch("--grounding", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
+    switch("--all", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
+    number("--seed", default=0, help="seed of splits, references and letters: give the run's, if it was not 0 (default 0)")
+    number("--max-tokens", default=128, help="longest description or answer, in tokens (default 128)")
+    number("--max-pixels", help=f"photos are shrunk to at most this many (default {rrg.Config.max_pixels}; toy model {rrg.TOY['max_pixels']})")
+    add("--out", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
+    add("--report", nargs="?", type=pathlib.Path, const=pathlib.Path(rrg.newest_run()), default=None, metavar="RUN",
         help="a finished run (default: the newest in runs/): its table, curves, games and descriptions as one page, RUN/report.html "
              "(model, data and seed are the run's, the table goes to RUN/table.json too)")
     options = parser.parse_args(argv)
     if options.report:
-        options = parser.parse_args(argv, options_of_run(options.report))  # in the place of the defaults
+        parser.set_defaults(**options_of_run(options.report))
+        options = parser.parse_args(argv)
     if options.report and options.query:
         parser.error("--report is about a run, --query about one picture: give one of them")
     if options.photos and not options.query or options.query and not (options.photos or options.database):
@@ -570,11 +557,10 @@ def main(options):
     embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
     if options.query:
         return ask(mllm, embedder, options)
-    photos = album(pathlib.Path(options.report), mllm) if options.report else {}
     rows = table(mllm, embedder, options, ["base", *options.adapter])["rows"]
     show(rows)
     if options.report:
-        content, file = page(pathlib.Path(options.report), photos, rows), pathlib.Path(options.report) / "report.html"
+        content, file = page(mllm, options.report, rows), options.report / "report.html"
         grpo.write_atomically(file, lambda path: path.write_text(content, encoding="utf-8"))
         print(f"\nwrote {file}, which any browser opens")
 

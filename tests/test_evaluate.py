@@ -1,5 +1,6 @@
 """Evaluation: every figure against one worked out by hand, and the tasks on a small toy world."""
 import argparse
+import dataclasses
 import functools
 import html.parser
 import json
@@ -141,7 +142,7 @@ def test_counts(figures):
     right, _ = figures
     assert right["counts"] | {"unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0} == {
         "concepts": 30, "database": 30, "photos": 60, "pairs": 1800, "questions": 180,
-        "unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0, "unparsed_leakage": 0}
+        "unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0, "unparsed_leakage": 0, "malformed_descriptions": 0}
 
 
 @pytest.mark.slow
@@ -268,9 +269,10 @@ def test_what_a_database_was_written_from_is_no_test(where, random_folder, tmp_p
 def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
     """An untrained model babbles: what it says is remembered as it stands, its answers are unparsed, and nothing is guessed."""
     concepts = small_world(concepts=1, views=2)
-    entries, malformed = evaluate.describe(random_mllm, concepts, {concept.name: concept.photos[:1] for concept in concepts}, 8)
-    assert malformed == {concept.name for concept in concepts} and not any("<coarse>" in entry.text for entry in entries)
+    entries = evaluate.describe(random_mllm, [dataclasses.replace(concept, photos=concept.photos[:1]) for concept in concepts], 8)
+    assert all(entry.malformed for entry in entries) and not any("<coarse>" in entry.text for entry in entries)
     row = examine(random_mllm, concepts, entries, max_tokens=4)
+    assert row["counts"]["malformed_descriptions"] == len(concepts)
     assert row["unparsed"] == 1 and row["captioning_f1"] == row["recognition_weighted"] == row["vqa"] == 0
 
 
