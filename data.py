@@ -182,10 +182,10 @@ def fetch(root):
 
 def known_categories(root, log):
     """{concept: category} from DreamBooth's class file or ObjectsWithStateChange's array; {} where there is neither."""
-    for file in (root / "prompts_and_classes.txt", root / "dataset" / "prompts_and_classes.txt"):
-        if file.is_file():  # "subject_name,class" and a line such as "dog2,dog" for each, until the word Prompts
-            rows = [line.strip().split(",") for line in file.read_text().split("Prompts")[0].splitlines()]
-            return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
+    for file in [*root.glob("prompts_and_classes.txt"), *root.glob("dataset/prompts_and_classes.txt")]:
+        # "subject_name,class" and a line such as "dog2,dog" for each, until the word Prompts
+        rows = [line.strip().split(",") for line in file.read_text().split("Prompts")[0].splitlines()]
+        return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
     for file in sorted(root.glob("*.npy")):
         try:
             return {str(number): str(word) for number, word in enumerate(np.load(file, allow_pickle=False))}
@@ -258,11 +258,15 @@ def split_photos(concept, references, seed):
     return order[:most], tests or order[most:]
 
 
-def find_file(path, *folders):
-    """An old path, perhaps of another machine, as it exists here: unchanged, or its longest tail that exists below one of `folders`."""
+def find_photo(path, source):
+    """The photo that the JSON file `source` names by a path, perhaps of another machine: as it stands, or the longest tail of it that exists
+    in the file's folder or the two above. Raises DataError where there is none."""
     parts = pathlib.PurePosixPath(str(path).replace("\\", "/")).parts
-    tries = [pathlib.Path(path), *(folder / pathlib.Path(*parts[i:]) for i in range(len(parts)) for folder in folders if parts[i] != "/")]
-    return next((file for file in tries if file.is_file()), None)
+    tails = [pathlib.Path(*parts[i:]) for i in range(len(parts)) if parts[i] != "/"]
+    for file in (pathlib.Path(path), *(folder / tail for tail in tails for folder in source.parents[:3])):
+        if file.is_file():
+            return Photo(str(file), partial(read_photo, file))
+    raise DataError(f"{source} names the picture {path}, which is not there")
 
 
 def load_json(file):
@@ -338,13 +342,8 @@ def load_queries(path):
     if path.is_dir():
         pictures = sorted((file for file in path.rglob("*_and_*/*") if file.suffix.lower() in PICTURES), key=natural)
         return [(Photo(str(file.relative_to(path)), partial(read_photo, file)), file.parent.name.split("_and_")) for file in pictures]
-    queries, folders = [], [path.parent, *path.parent.parents][:3]
-    for image, names in load_json(path).items():
-        if not (file := find_file(image, *folders)):
-            raise DataError(f"{path} names the picture {image}, which is not there")
-        for group in names if names and isinstance(names[0], list) else [names]:
-            queries.append((Photo(image, partial(read_photo, file)), [name.strip("<>") for name in group]))
-    return queries
+    rows = [(image, group) for image, names in load_json(path).items() for group in (names if names and isinstance(names[0], list) else [names])]
+    return [(find_photo(image, path), [name.strip("<>") for name in group]) for image, group in rows]
 
 
 @dataclass(frozen=True)
@@ -376,11 +375,8 @@ def read_database(path, photos=()):
     for marker, item in content["concept_dict"].items():
         images = item.get("image") or [image for image, owner in content.get("path_to_concept", {}).items() if owner == marker]
         images = images if isinstance(images, list) else [images]
-        files = [find_file(image, path.parent, path.parent.parent) if image not in known else image for image in images]
-        if None in files:
-            raise DataError(f"{path} names the picture {images[files.index(None)]}, which is not there")
         category = item.get("category") or (item["info"].get("category") if isinstance(item.get("info"), dict) else "")
-        shown = [known.get(file, Photo(str(file), partial(read_photo, file))) for file in files]
+        shown = [known.get(image) or find_photo(image, path) for image in images]
         entries.append(Entry(marker.strip("<>"), category or "object", shown, prose(item.get("info"))))
     return entries
 

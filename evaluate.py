@@ -62,6 +62,7 @@ import rrg
 import toy
 from data import tag
 
+REFERENCES = list(itertools.product((1, 2, 4), ("right", "retrieved", "wrong")))  # of --grounding: things in the picture, how references are chosen
 SCENES = 60  # pictures of one thing, as many of two and of four; each is captioned with right, with retrieved and with wrong references
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEAKAGE = ("This is how somebody described a thing of theirs: ",
@@ -137,12 +138,12 @@ def name_grounding(rows, case_sensitive=False):
         precision = hits / (hits + misses)        recall = hits / names that belong
     RePIC's tables of two concepts are case-sensitive, those of one and four are not.
     """
-    case = (lambda text: text) if case_sensitive else str.lower
+    case = str if case_sensitive else str.lower
     rows = [([case(name).removeprefix("<").removesuffix(">") for name in names], case(caption)) for names, caption in rows]
     pool, hits, misses = {name for names, _ in rows for name in names}, 0, 0
     for names, caption in rows:
         words = {word.strip(".,!?;:()[]{}\"'-") for word in caption.replace("</s>", "").split()}
-        there = {name for name in pool if name in words or f"<{name}>" in words}
+        there = {name for name in pool if words & {name, f"<{name}>"}}
         right = sum(name in there for name in names)
         hits += right
         misses += len(names) - right if there - set(names) else 0
@@ -171,7 +172,7 @@ def leakage(mllm, entries, max_tokens):
     """
     if all(photo.truth for entry in entries for photo in entry.photos):
         return rrg.mean([toy.leaks(entry.text) for entry in entries]), 0
-    answers = mllm.tell([([], LEAKAGE[0] + reward.quoted(entry.text, mllm.special_tokens) + LEAKAGE[1]) for entry in entries], max_tokens, "judging leakage")
+    answers = mllm.tell([([], LEAKAGE[0] + mllm.quote(entry.text) + LEAKAGE[1]) for entry in entries], max_tokens, "judging leakage")
     verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
     return rrg.mean(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
 
@@ -189,25 +190,22 @@ def similarity(embedder, photos, entries):
 def caption(mllm, photos, candidates, max_tokens, seed):
     """candidates: a list of entries for each photo -> [(the entries in the order of their letters, the answer as read or None, its text), ...]."""
     orders = [random.Random(f"letters {seed} {photo.name}").sample(some, len(some)) for photo, some in zip(photos, candidates)]
-    lines = ["\n".join(f"{letter}. {reward.quoted(entry.text, mllm.special_tokens)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order))
-             for order in orders]
+    lines = ["\n".join(f"{letter}. {mllm.quote(entry.text)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order)) for order in orders]
     texts = mllm.reply(reward.CAPTIONING, list(zip(photos, lines)), max_tokens, "captioning")
     return [(order, read_answer(text, Answer=LETTERS[:len(order)], Caption=None), text) for order, text in zip(orders, texts)]
 
 
 def recognise(mllm, pairs, max_tokens):
     """pairs [(photo, entry)] -> [whether the photo shows the thing, None where the answer cannot be read]."""
-    texts = mllm.reply(reward.RECOGNITION, [(photo, reward.quoted(entry.text, mllm.special_tokens)) for photo, entry in pairs], max_tokens, "recognition")
+    texts = mllm.reply(reward.RECOGNITION, [(photo, mllm.quote(entry.text)) for photo, entry in pairs], max_tokens, "recognition")
     rows = [read_answer(text, Answer=("Yes", "No")) for text in texts]
     return [row and row["Answer"] == "Yes" for row in rows]  # None stays None
 
 
 def answer(mllm, questions, known, max_tokens):
     """questions [data.Question], known {name: entry} -> [whether the answer is right, None where it cannot be read]."""
-    asked = []
-    for q in questions:
-        lines = [f"{tag(q.concept)}: {reward.quoted(known[q.concept].text, mllm.special_tokens)}", q.text.format(tag(q.concept))]
-        asked.append((q.photo, "\n".join([*lines, *(f"{letter}. {option}" for letter, option in q.options.items())])))
+    asked = [(q.photo, "\n".join([f"{tag(q.concept)}: {mllm.quote(known[q.concept].text)}", q.text.format(tag(q.concept)),
+                                  *(f"{letter}. {option}" for letter, option in q.options.items())])) for q in questions]
     rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, max_tokens, "answering"))]
     return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
 
@@ -222,7 +220,7 @@ def grounding(mllm, embedder, known, tested, split, options):
     figures, reference = {}, {concept.name: split[concept.name][0][0] for concept in known}  # the first reference photo of each
     vectors = embedder.embed([*reference.values(), *(photo for concept in tested for photo in split[concept.name][1])])
     memory = torch.stack([vectors[photo.name] for photo in reference.values()])  # [C, D]
-    for many, how in itertools.product((1, 2, 4), ("right", "retrieved", "wrong")):
+    for many, how in REFERENCES:
         prompts, expected, enough = [], [], len(tested) >= many and len(known) >= 2 * many
         for number in range(SCENES if enough else 0):
             rng = random.Random(f"scene {options.seed} {many} {number}")
@@ -246,28 +244,28 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
     `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, of which those count that are about the
     tests, or questions of the toy world and nothing: then each photo is put to each entry.
     """
-    known, shown = {entry.name: entry for entry in entries}, dict(tests)
-    best, _ = retrieve(*similarity(embedder, list(shown), entries), options.k)  # [P, k]
+    known, shown, (photos, names) = {entry.name: entry for entry in entries}, dict(tests), zip(*tests)
+    best, _ = retrieve(*similarity(embedder, photos, entries), options.k)  # [P, k]
     candidates = [[entries[i] for i in row] for row in best.tolist()]
     if options.skip_retrieval:  # the right one instead of the last
-        candidates = [some if known[name] in some else [*some[:-1], known[name]] for name, some in zip(shown.values(), candidates)]
-    captions = caption(mllm, list(shown), candidates, options.max_tokens, options.seed)
+        candidates = [some if known[name] in some else [*some[:-1], known[name]] for name, some in zip(names, candidates)]
+    captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
     chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
-    called = name_grounding([([tag(name)], row["Caption"] if row else "") for name, (_, row, _) in zip(shown.values(), captions)])
+    called = name_grounding([([tag(name)], row["Caption"] if row else "") for name, (_, row, _) in zip(names, captions)])
     pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
     pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in known}
     said = recognise(mllm, [(photo, known[name]) for photo, name in pairs], options.max_tokens)
     kin = [known[name].category == known[shown[photo]].category for photo, name in pairs]
-    right = answer(mllm, [q for q in questions if q.concept in shown.values()], known, options.max_tokens)
+    right = answer(mllm, [q for q in questions if q.concept in names], known, options.max_tokens)
     leaked, unjudged = leakage(mllm, entries, options.max_tokens)
     return {
-        **captioning_scores(list(zip(shown.values(), chosen)), set(shown.values())),
+        **captioning_scores(list(zip(names, chosen)), set(names)),
         **{f"name_{key}": value for key, value in called.items()},
         **recognition_scores(list(zip(pairs.values(), said, kin))),
         "vqa": rrg.mean([hit is True for hit in right]), "leakage": leaked, "words": rrg.mean([len(entry.text.split()) for entry in entries]),
-        "retrieval_ceiling": rrg.mean([known[name] in some for name, some in zip(shown.values(), candidates)]),
+        "retrieval_ceiling": rrg.mean([known[name] in some for name, some in zip(names, candidates)]),
         "unparsed": rrg.mean([hit is None for hit in [*chosen, *said, *right]]),
-        "counts": {"concepts": len(set(shown.values())), "database": len(entries), "photos": len(shown), "pairs": len(pairs), "questions": len(right),
+        "counts": {"concepts": len(set(names)), "database": len(entries), "photos": len(photos), "pairs": len(pairs), "questions": len(right),
                    "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None), "unparsed_vqa": right.count(None),
                    "unparsed_leakage": unjudged, "malformed_descriptions": sum(entry.malformed for entry in entries)},
     }
@@ -278,7 +276,7 @@ COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "
            "recognition_weighted": "recognition", "recognition_positive": "positive", "recognition_negative": "negative",
            "recognition_inside": "inside", "recognition_across": "across", "vqa": "VQA", "leakage": "leakage", "words": "words",
            "retrieval_ceiling": "ceiling", "unparsed": "unparsed"}
-GROUNDING = {f"names_{many}_{how}_f1": f"{many} {'name' if many == 1 else 'names'}, {how}" for many in (1, 2, 4) for how in ("right", "retrieved", "wrong")}
+GROUNDING = {f"names_{many}_{how}_f1": f"{many} {'name' if many == 1 else 'names'}, {how}" for many, how in REFERENCES}
 
 
 def tables(rows):
@@ -288,8 +286,8 @@ def tables(rows):
     for part in ("seen", "unseen"):
         if some := {name: row[part] for name, row in rows.items() if row[part]}:
             counts = next(iter(some.values()))["counts"]
-            yield (f"{part} categories: {counts['photos']} test photos of {counts['concepts']} concepts, {counts['database']} concepts in the database, "
-                   f"{counts['pairs']} pairs to recognise, {counts['questions']} questions"), lines(COLUMNS, some)
+            told = "{photos} test photos of {concepts} concepts, {database} in the database, {pairs} pairs to recognise, {questions} questions"
+            yield f"{part} categories: {told.format(**counts)}", lines(COLUMNS, some)
             if any(GROUNDING.keys() & row.keys() for row in some.values()):
                 yield "names in captions (F1), by how many things there are and which references are given", lines(GROUNDING, some)
 
@@ -313,6 +311,8 @@ def table(mllm, embedder, options, models):
     """One row for each of `models`, adapters or "base", and one for each database -> the content of --out."""
     root = data.fetch(options.data) if options.data else ""
     concepts, (train, test, unseen) = rrg.load_world(mllm, root, options.seed)
+    for adapter in options.adapter:
+        warn_of_other_split(adapter, options)
     seen = train + test
     held = {"seen": (seen, seen if options.all else test), "unseen": (unseen, unseen)}  # part: (concepts in the database, those tested)
     split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
@@ -327,7 +327,6 @@ def table(mllm, embedder, options, models):
                     if not used or data.fingerprint(photo.open()) not in used] for part, (_, tested) in held.items()}
     for name in models:  # all that is said with an adapter on comes first; what reads it, below, is the model without
         adapt(mllm, name)
-        warn_of_other_split(name, options)
         remembered[name] = describe(mllm, [replace(concept, photos=split[concept.name][0]) for concept in concepts], options.max_tokens)
         grounded |= {(name, part): grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
         grpo.remove_lora(mllm.model)
@@ -403,7 +402,7 @@ HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-widt
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
 div{display:flex;flex-wrap:wrap;gap:1rem}figure{flex:1 1 10rem;max-width:15rem;margin:0}img,svg,meter{width:100%}label{display:block}
 section{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:7rem;overflow-wrap:anywhere}
+th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:8rem;overflow-wrap:anywhere}
 article{border-top:1px solid;padding:1rem 0}h2{margin-top:2.5rem}pre{white-space:pre-wrap}</style>"""
 
 
@@ -496,7 +495,7 @@ def page(mllm, folder, rows):
         parts["Groups"] = [element("p", "What the advantages are made of: all answers of one game, at the first step and at the last."),
                            *(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:])]
     body = [inside for name, part in parts.items() for inside in (element("h2", name, id=name), *part)]
-    links = [element("a", f"{name} ", href=f"#{name}") for name in parts]
+    links = [link for name in parts for link in (element("a", name, href=f"#{name}"), " ")]
     told = f"{config.method} · {result['steps']} steps in {result['seconds']:.0f} s on {result['device']}"
     return "<!doctype html>" + element("html", Html(HEAD), element("title", title), element("main", element("h1", title), element("p", told), element(
         "pre", record["command"]), element("nav", *links), *body), lang="en")
@@ -515,21 +514,19 @@ def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, several = partial(parser.add_argument, default=""), partial(parser.add_argument, action="append", default=[])
     number, switch = partial(parser.add_argument, type=int, metavar="INT"), partial(parser.add_argument, action="store_true")
-    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: folder or hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: a folder or hub name, Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
     several("--adapter", metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
     add("--data", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
-    several("--database", metavar="FILE", help="descriptions made elsewhere, in RAP's JSON: a row of the table (several times), "
-                                               "or with --query all that is known")
+    several("--database", metavar="FILE", help="descriptions in RAP's JSON: a row of the table (several times), or with --query all that is known")
     add("--photos", metavar="DIR", help="with --query: your things, a photo or a folder of photos each, named as they are called")
     add("--query", metavar="FILE", help="ask about this one picture")
-    number("--references", default=1, help="photos described of each concept (default 1; MyVLM is published with 4 and seeds 0 to 4, PerVA with 5); "
-                                           "one is always left for the test")
+    number("--references", default=1, help="photos described of each concept (default 1; published: MyVLM 4, PerVA 5); one is left for the test")
     number("--k", default=3, help="descriptions retrieved for a photo (default 3)")
     switch("--skip-retrieval", help="the right concept is always among the k")
     add("--embedder", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
     switch("--grounding", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
     switch("--all", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
-    number("--seed", default=0, help="seed of splits, references and letters: give the run's, if it was not 0 (default 0)")
+    number("--seed", default=0, help="seed of splits, references and letters: give the run's, if it was not 0 (default 0; published: MyVLM 0 to 4)")
     number("--max-tokens", default=128, help="longest description or answer, in tokens (default 128)")
     number("--max-pixels", help=f"photos are shrunk to at most this many (default {rrg.Config.max_pixels}; toy model {rrg.TOY['max_pixels']})")
     add("--out", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")

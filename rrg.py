@@ -147,7 +147,8 @@ class MLLM:
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
         self.ends = torch.tensor(sorted(ends - {None, self.tokenizer.unk_token_id}), device=self.device)  # any of them ends an answer
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        self.special_tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        self.quote = lambda text: reward.quoted(text, markers)  # a description as it is put to a reader
         # yes, Yes and YES, each with and without a space before it, where that is a single token
         spellings = lambda word: [self.encode(space + spelled) for spelled in (word, word.title(), word.upper()) for space in ("", " ")]
         single = lambda word: sorted({ids[0] for ids in spellings(word) if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id})
@@ -189,9 +190,8 @@ class MLLM:
 
     def size(self, photo):
         """(width, height) in pixels of a photo as the model sees it."""
-        [(_, grid)], patch = self.look([photo]), self.config.vision_config.patch_size
-        _, height, width = grid.tolist()  # in patches
-        return width * patch, height * patch
+        [(_, grid)] = self.look([photo])  # (time, height, width), in patches
+        return tuple((grid[[2, 1]] * self.config.vision_config.patch_size).tolist())
 
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: what similarity is measured with."""
@@ -312,7 +312,7 @@ class MLLM:
 
     def listen(self, pairs, frozen=True):
         """Stage 3: does the description fit the photo? pairs [(photo, text)] -> rho [len(pairs)] on the CPU. `frozen`: with LoRA off."""
-        pairs, rho = [(photo, reward.quoted(text, self.special_tokens)) for photo, text in pairs], {}
+        pairs, rho = [(photo, self.quote(text)) for photo, text in pairs], {}
         with grpo.lora_off(self.model) if frozen else contextlib.nullcontext():
             for chunk, prefix in self.ask(reward.LISTEN, pairs):
                 rho |= zip(chunk, reward.belief(self.model.lm_head(prefix.last), self.yes, self.no).tolist())
@@ -357,7 +357,7 @@ class Config:
     embedder: str = flag("", "CLIP that measures similarity, such as openai/clip-vit-large-patch14-336; default: the model's own vision tower",
                          metavar="CLIP")
     negatives: str = flag("hard", "which negatives: look-alikes, or any photos of other things", choices=("hard", "random"))
-    positive: str = flag("hard", "which other view of the target's concept is in the pool: the least or the most similar one", choices=("hard", "easy"))
+    positive: str = flag("hard", "which other view of the target's concept is in the pool: the least or most similar", choices=("hard", "easy"))
     reward: str = flag("soft_gated", "how the listener's choice pays", choices=("soft_gated", "binary", "soft"))
     listener: str = flag("frozen", "who listens: the model with LoRA off, or as it is trained", choices=("frozen", "trained"))
     listener_weight: float = flag(1.0, "weight of the listener's reward (0 to 1)")
@@ -760,8 +760,8 @@ def show(result, out):
         print("{:16}{:>12}{:>10}{:>14}{:>10}".format(*line))
     for rows in list(zip(*result["examples"].values()))[:3]:
         game = rows[0]
-        print()
-        print(f"{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else f"{game['question']!r} of {' + '.join(game['photos'])}")
+        print(f"\n{game['target']} (the listener sees {', '.join(game['pool'])})" if "pool" in game else
+              f"\n{game['question']!r} of {' + '.join(game['photos'])}")
         for when, row in zip(("before", "after"), rows):
             text = description.text if (description := reward.parse(row["text"])) else row["text"][:300]
             belief = " ".join(f"{'*' if i == game['answer'] else ''}{rho:.2f}" for i, rho in enumerate(row["rho"] or [])) or "not parsed"
@@ -781,8 +781,8 @@ if __name__ == "__main__":
     except (data.DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --micro to 1, which changes no result (a run that has saved a state goes on with --resume --micro 1), "
-                 "else --max-pixels or --samples")
+        sys.exit("error: out of GPU memory; lower --micro to 1, which changes no result (a run that has saved a state goes on with --resume "
+                 "--micro 1), else --max-pixels or --samples")
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error}; a run that has saved a state goes on with --resume")
     except KeyboardInterrupt:

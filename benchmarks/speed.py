@@ -127,7 +127,7 @@ class Usual(Step):
         rho, mllm = [], self.mllm
         with grpo.lora_off(mllm.model):
             for photo, text in self.pairs:
-                prompt = mllm.chat(photo, reward.LISTEN[0] + reward.quoted(text, mllm.special_tokens) + reward.LISTEN[1])
+                prompt = mllm.chat(photo, reward.LISTEN[0] + mllm.quote(text) + reward.LISTEN[1])
                 pixels = mllm.processor(images=[photo.open()], return_tensors="pt").to(mllm.device)
                 ids = torch.tensor([mllm.encode(prompt.replace(mllm.image_token, mllm.image_token * (pixels["image_grid_thw"].prod().item() // 4)))], device=mllm.device)
                 logits = mllm.model(input_ids=ids, pixel_values=pixels["pixel_values"].to(mllm.model.dtype), image_grid_thw=pixels["image_grid_thw"],
