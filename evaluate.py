@@ -446,9 +446,10 @@ def figure(photo, told, *more):
     return element("figure", element("img", src=f"data:image/jpeg;base64,{pixels}", alt=told), element("figcaption", told), *more)
 
 
-def example(rows, photos, truth_known):
-    """One held-out game or task, {"before": row, "after": row} of result.json. Words that leak are marked where the truth is known."""
+def example(rows, photos):
+    """One held-out game or task, {"before": row, "after": row} of result.json. In games of the toy world words that leak are marked."""
     game, said = rows["before"], []
+    truth_known = "pool" in game and photos[game["target"]].truth
     if "pool" in game:
         shown = [figure(photos[game["target"]], "target, what the speaker sees")]
         for i, name in enumerate(game["pool"]):
@@ -480,17 +481,16 @@ def page(mllm, folder, rows):
     log = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     config, title = rrg.Config(**record["settings"]), folder.resolve().name
-    truth_known = config.method == "rrg" and not config.data
     parts = {
         "Results": [grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)]),
                     *(grid(*some) for some in tables(rows))],
         "Curves": [element("p", "Each step faint, the mean of the last tenth of the steps bold."),
                    element("div", *(chart(name, log) for name in CURVES if any(row[name] for row in log)))],
-        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: does the description fit, in the listener's belief?"
-                               " Marked words tell of place, pose or light, which the next photo will not share." * truth_known)]}
+        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: how far the listener believes that the description fits. "
+                               "In games of the toy world marked words tell of place, pose or light, which the next photo will not share.")]}
     photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
     with data.refusing(f"{config.data or 'the toy world'} is not what it was when {folder} was trained; it lacks", KeyError):
-        parts["Games"] += [example(dict(zip(result["examples"], pair)), photos, truth_known) for pair in zip(*result["examples"].values())]
+        parts["Games"] += [example(dict(zip(result["examples"], pair)), photos) for pair in zip(*result["examples"].values())]
     if config.method != "sft":
         parts["Groups"] = [element("p", "What the advantages are made of: all answers of one game, at the first step and at the last."),
                            *(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:])]

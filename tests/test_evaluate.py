@@ -411,7 +411,7 @@ def test_the_page_of_a_run_is_whole_and_needs_nothing_else(page):
     curves = {"rrg": {"reward", "listener accuracy", "kl", "leakage", "nll"}, "sft": {"nll"}}.get(method, {"reward", "kl", "nll"})
     assert curves <= {attributes["aria-label"].split(":")[0] for tag, attributes in reader.tags if tag == "svg"}
     assert json.loads((file.parent / "table.json").read_text())["rows"].keys() == {"base", str(file.parent / "adapter")}
-    assert ("before" in reader.text and "after" in reader.text) and "caption F1" in reader.text
+    assert ("before" in reader.text and "after" in reader.text) and "caption F1" in reader.text and "Held out from training" in reader.text
     if method == "rrg":
         marked = [text.split("<")[0] for text in text.split("<mark>")[1:]]
         assert marked and all(toy.leaks(word) for word in marked) and reader.text.count("target, what the speaker sees") == 6
