@@ -486,7 +486,7 @@ def page(mllm, folder, rows):
                     *(grid(*some) for some in tables(rows))],
         "Curves": [element("p", "Each step faint, the mean of the last tenth of the steps bold."),
                    element("div", *(chart(name, log) for name in CURVES if any(row[name] for row in log)))],
-        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: how far the listener believes that the description fits. "
+        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: how far the listener believes that the words fit. "
                                "In games of the toy world marked words tell of place, pose or light, which the next photo will not share.")]}
     photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
     with data.refusing(f"{config.data or 'the toy world'} is not what it was when {folder} was trained; it lacks", KeyError):
@@ -514,7 +514,7 @@ def settings(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, several = partial(parser.add_argument, default=""), partial(parser.add_argument, action="append", default=[])
     number, switch = partial(parser.add_argument, type=int, metavar="INT"), partial(parser.add_argument, action="store_true")
-    add("--model", default=str(toy.FOLDER), metavar="DIR", help="checkpoint: a folder or hub name, Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
+    add("--model", default=str(toy.FOLDER), metavar="DIR", help="a folder or hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
     several("--adapter", metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
     add("--data", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
     several("--database", metavar="FILE", help="descriptions in RAP's JSON: a row of the table (several times), or with --query all that is known")
@@ -528,7 +528,7 @@ def settings(argv=None):
     switch("--all", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
     number("--seed", default=0, help="seed of splits, references and letters: give the run's, if it was not 0 (default 0; published: MyVLM 0 to 4)")
     number("--max-tokens", default=128, help="longest description or answer, in tokens (default 128)")
-    number("--max-pixels", help=f"photos are shrunk to at most this many (default {rrg.Config.max_pixels}; toy model {rrg.TOY['max_pixels']})")
+    number("--max-pixels", help=f"photos are shrunk to this many pixels at most (default {rrg.Config.max_pixels}; toy model {rrg.TOY['max_pixels']})")
     add("--out", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
     add("--report", nargs="?", type=pathlib.Path, const=pathlib.Path(rrg.newest_run()), default=None, metavar="RUN",
         help="a finished run (default: the newest in runs/): its table, curves, games and descriptions as one page, RUN/report.html "
