@@ -402,8 +402,8 @@ HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-widt
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
 div{display:flex;flex-wrap:wrap;gap:1rem}figure{flex:1 1 10rem;max-width:15rem;margin:0}img,svg,meter{width:100%}svg{color:#2f7fc1}label{display:block}
 section{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:8rem;overflow-wrap:anywhere}
-article{border-top:1px solid;padding:1rem 0}h2{margin-top:2.5rem}pre{white-space:pre-wrap}</style>"""
+th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:10rem;overflow-wrap:anywhere}
+article{border-top:1px solid;padding:1rem 0}h2{margin-top:2.5rem}h3{font-size:1rem}pre{white-space:pre-wrap}</style>"""
 
 
 class Html(str):
