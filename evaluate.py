@@ -94,7 +94,7 @@ def read_answer(text, **fields):
 
 def retrieve(image, text, k):
     """Similarities [P, C] of photos to the concepts' reference photos and descriptions -> (the k best concepts [P, k], best first; scores
-    [P, C]). The two live on different scales, so each is stretched to 0 to 1 over the concepts, then they are averaged. Of equals the first
+    [P, C]). The two live on different scales, so each is rescaled to 0 to 1 over the concepts, then they are averaged. Of equals the first
     in the database wins."""
     scale = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(min=1e-12)
     scores = (scale(image) + scale(text)) / 2  # [P, C]
@@ -389,11 +389,11 @@ def ask(mllm, embedder, options):
         print(f"\n{row['Caption']}\n\nbecause it chose {row['Answer']}" + (f": {row['Reasoning']}" if row.get("Reasoning") else ""))
     else:
         print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said: {said!r}\n")
-    print(f"the {len(order)} most similar of {len(entries)} things, by a score: half picture, half words, each stretched to 0 to 1 over all things")
+    print(f"the {len(order)} most similar of {len(entries)} things, by a score: half picture, half words, each rescaled to 0 to 1 over all things")
     for i in best[0].tolist():
         letter = LETTERS[order.index(entries[i])]
         print(f"  {'*' if row and row['Answer'] == letter else ' '}{letter}  {entries[i].name}  {scores[0, i]:.2f} "
-              f"(not stretched: picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entries[i].text}")
+              f"(as measured: picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entries[i].text}")
 
 
 # ---------------------------------------------------------------------------------------------------------- a run as a page
