@@ -114,7 +114,8 @@ class Task:
 
 def chunks(items, size, told=None):
     """The items of a list, up to `size` at a time; with a progress bar where it is `told` what is being done."""
-    for start in tqdm(range(0, len(items), size), desc=told, leave=False, disable=not told):
+    starts = range(0, len(items), size)
+    for start in tqdm(starts, desc=told, leave=False) if told else starts:
         yield items[start:start + size]
 
 
@@ -276,7 +277,7 @@ def load_json(file):
 
 def published(what):
     """Decorates what takes apart somebody else's JSON: whatever goes wrong in it becomes one clear error."""
-    return refusing(f"{what} is not in the form it is published in", KeyError, TypeError, AttributeError, IndexError, ValueError)
+    return refusing(f"{what} is not in the form it is published in; missing or odd", KeyError, TypeError, AttributeError, IndexError, ValueError)
 
 
 def beside(root, name):

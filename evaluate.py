@@ -371,8 +371,8 @@ def ask(mllm, embedder, options):
     if options.database:
         entries = data.read_database(options.database[0])
     else:
-        things = [replace(concept, photos=concept.photos[:options.references]) for concept in data.load_concepts(options.photos, least=1)]
         adapt(mllm, *options.adapter or ["base"])
+        things = [replace(concept, photos=concept.photos[:options.references]) for concept in data.load_concepts(options.photos, least=1)]
         entries = describe(mllm, things, options.max_tokens)
         grpo.remove_lora(mllm.model)
         if malformed := sum(entry.malformed for entry in entries):
@@ -475,8 +475,17 @@ def group(logged, std_floor):
     return grid(f"step {logged['step']}: the answers about {logged.get('target') or logged['question']}", [["answer", "reward", "advantage"], *lines])
 
 
-def page(mllm, folder, rows):
-    """A finished run and the `rows` of its table as one HTML page without anything from elsewhere."""
+def album(mllm, folder, options):
+    """{name: Photo} of what a finished run was examined with."""
+    config = rrg.Config(**data.load_json(folder / "config.json")["settings"])
+    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
+    if (options.data, options.seed) != (config.data, config.seed):
+        mllm.features.clear()  # the table shows other photos, which may have the same names
+    return photos
+
+
+def page(folder, photos, rows):
+    """A finished run, the `photos` of its held-out games and the `rows` of its table as one HTML page without anything from elsewhere."""
     record, result = data.load_json(folder / "config.json"), data.load_json(folder / "result.json")
     log = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -485,10 +494,9 @@ def page(mllm, folder, rows):
         "Results": [grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)]),
                     *(grid(*some) for some in tables(rows))],
         "Curves": [element("p", "Each step faint, the mean of the last tenth of the steps bold."),
-                   element("div", *(chart(name, log) for name in CURVES if any(row[name] for row in log)))],
+                   element("div", *(chart(name, log) for name in CURVES if any(row.get(name) for row in log)))],
         "Games": [element("p", "Held out from training, answered greedily. Below a candidate: how far the listener believes that the words fit. "
                                "In games of the toy world marked words tell of place, pose or light, which the next photo will not share.")]}
-    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
     with data.refusing(f"{config.data or 'the toy world'} is not what it was when {folder} was trained; it lacks", KeyError):
         parts["Games"] += [example(dict(zip(result["examples"], pair)), photos) for pair in zip(*result["examples"].values())]
     if config.method != "sft":
@@ -554,10 +562,11 @@ def main(options):
     embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
     if options.query:
         return ask(mllm, embedder, options)
+    photos = album(mllm, options.report, options) if options.report else {}  # first: if the run's data have moved, it is noticed before the work
     rows = table(mllm, embedder, options, ["base", *options.adapter])["rows"]
     show(rows)
     if options.report:
-        content, file = page(mllm, options.report, rows), options.report / "report.html"
+        content, file = page(options.report, photos, rows), options.report / "report.html"
         grpo.write_atomically(file, lambda path: path.write_text(content, encoding="utf-8"))
         print(f"\nwrote {file}, which any browser opens")
 

@@ -49,6 +49,9 @@ import sys
 import time
 from dataclasses import dataclass
 
+if int(os.environ.get("RANK", 0)):  # of several processes one draws progress bars; tqdm reads this when it is imported
+    os.environ["TQDM_DISABLE"] = "1"
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -131,7 +134,7 @@ class MLLM:
 
     def __init__(self, name, max_pixels):
         self.device = torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
-        with data.refusing(f"cannot load the model {name}", OSError):
+        with data.refusing(f"cannot load the model {name}", OSError, ValueError):
             config = AutoConfig.from_pretrained(name)
             if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
                 raise data.DataError(f"{name} is a {config.model_type}; this program plays with Qwen2-VL and Qwen2.5-VL checkpoints")
@@ -199,6 +202,8 @@ class MLLM:
 
     def prefill(self, texts, photos):
         """Read B prompts once. texts [B] with an image marker for each picture, photos [B] lists of the pictures -> Prefix."""
+        if any(text.count(self.image_token) != len(group) for text, group in zip(texts, photos)):
+            raise ValueError("a prompt wants one image marker for each of its pictures")
         views = self.look([photo for group in photos for photo in group])
         sizes = iter([len(features) for features, _ in views])
         # One marker per picture becomes one marker per image token: "<image>Describe" -> 16 x "<image>", "Describe".
@@ -392,8 +397,8 @@ SFT = dict(samples=1, beta=0.0)  # it learns one given answer a prompt, and has 
 
 
 def newest_run():
-    """The folder in runs/ that was changed last."""
-    return max(map(str, pathlib.Path("runs").glob("*/")), key=os.path.getmtime, default="runs")
+    """The folder in runs/ of the run that was started last."""
+    return str(max(pathlib.Path("runs").glob("*/config.json"), key=os.path.getmtime, default=pathlib.Path("runs/none")).parent)
 
 
 def settings(argv=None):
@@ -656,11 +661,15 @@ def save(out, mllm, optimizer, config, **rest):
 def restore(out, mllm, optimizer):
     """Put adapters and optimizer back as they were saved, cut the logs there -> {"step", "seconds", "before"} of the saved run."""
     state = torch.load(out / "state.pt", map_location=mllm.device, weights_only=True)
+    if state["lora"].keys() != grpo.lora_state(mllm.model).keys():
+        raise data.DataError(f"{out}/state.pt is of another model; go on with the versions that {out}/config.json names")
     mllm.model.load_state_dict(state["lora"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    for log, heading in (("metrics.csv", 1), ("samples.jsonl", 0)) if ranks()[0] == 0 else ():
-        lines = (out / log).read_text().splitlines(True)[:heading + state["step"]]  # a line a step; what follows is played again
-        grpo.write_atomically(out / log, lambda path: path.write_text("".join(lines)))
+    step_of = lambda line: int((re.match(r'(?:\{"step": )?(\d+)', line) or [0, 0])[1])  # a line of either log begins with it; of the heading 0
+    for log in ("metrics.csv", "samples.jsonl") if ranks()[0] == 0 else ():
+        lines = (out / log).read_text().splitlines(True) if (out / log).exists() else []
+        kept = "".join(line for line in lines if line.endswith("\n") and step_of(line) <= state["step"])  # the rest is played again
+        grpo.write_atomically(out / log, lambda path: path.write_text(kept))
     return {name: state[name] for name in ("step", "seconds", "before")}
 
 
@@ -728,6 +737,7 @@ def train(config, resume):
             if rank == 0 and (stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps):
                 save(out, mllm, optimizer, config, **state)
             if stop:
+                gather([])  # until the first process has saved: torchrun ends all of them when one exits
                 bar.close()
                 sys.exit(f"\nstopped after step {step + 1} and saved; go on with: python rrg.py --out {out} --resume")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -776,7 +786,7 @@ if __name__ == "__main__":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is sent, or all processes would send from the first GPU
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             if ranks()[0]:  # one of them is enough to tell what goes on
-                sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+                sys.stdout = open(os.devnull, "w")
         train(*settings())
     except (data.DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -30,7 +30,6 @@ photo. A `scene` is a collage of one to four photos. Shapes: N photos, S scenes,
 """
 import argparse
 import functools
-import json
 import math
 import multiprocessing
 import pathlib
@@ -46,7 +45,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import Concept, Photo, Question, collage
+from data import Concept, Photo, Question, collage, load_json
 from reward import CAPTIONING, LISTEN, RECOGNITION, REPIC, SPEAK, VQA, parse
 
 FOLDER = pathlib.Path(__file__).parent / "toy-qwen2-vl"
@@ -347,7 +346,7 @@ def new_model(tokenizer):
 def is_toy(folder):
     """Is this the folder of a toy model, the shipped one or one that you made? Its patches are 8 pixels wide, those of real ones 14."""
     file = pathlib.Path(folder) / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("vision_config", {}).get("patch_size") == 8
+    return file.is_file() and load_json(file).get("vision_config", {}).get("patch_size") == 8
 
 
 def fit(title, modules, loss_of, steps, peak=1.0):

@@ -432,6 +432,14 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(page, width, tmp_pa
     assert int(sideways) <= width and int(sections) >= 3 and pictures == "true"
 
 
+def test_a_report_beside_a_table_of_another_seed_shows_the_runs_own_photos(page, monkeypatch):
+    monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
+    before = re.findall(r"data:image/jpeg;base64,[^\"]+", page[1].read_text())
+    evaluate.main(evaluate.settings(["--report", str(page[1].parent), "--max-tokens", "8", "--seed", "1"]))
+    assert before and re.findall(r"data:image/jpeg;base64,[^\"]+", page[1].read_text()) == before
+    assert json.loads((page[1].parent / "table.json").read_text())["seed"] == 1
+
+
 def test_a_report_wants_a_finished_run(tmp_path):
     with pytest.raises(data.DataError, match="holds no finished run; to finish one: python rrg.py --out .* --resume"):
         evaluate.settings(["--report", str(tmp_path)])

@@ -323,6 +323,28 @@ def test_the_same_seed_gives_the_same_run_and_a_killed_one_resumes_to_it(whole_r
     assert results[0]["before"] == results[1]["before"] and results[0]["after"] == results[1]["after"]
 
 
+def test_what_a_power_cut_left_of_the_logs_is_cut_to_whole_lines_and_a_state_of_another_model_is_refused(random_mllm, tmp_path):
+    grpo.add_lora(random_mllm.model, 2, 4)
+    try:
+        optimizer = torch.optim.AdamW([p for p in random_mllm.model.parameters() if p.requires_grad])
+        (tmp_path / "metrics.csv").write_text("step,reward\n1,0.5\n2,0.5\n3,0.")  # the third row is half there, the fourth and samples.jsonl are not
+        rrg.save(tmp_path, random_mllm, optimizer, rrg.Config(), step=4, seconds=1.0, before={})
+        assert rrg.restore(tmp_path, random_mllm, optimizer) == {"step": 4, "seconds": 1.0, "before": {}}
+        assert (tmp_path / "metrics.csv").read_text() == "step,reward\n1,0.5\n2,0.5\n" and (tmp_path / "samples.jsonl").read_text() == ""
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        state["lora"] = {f"renamed.{name}": value for name, value in state["lora"].items()}
+        torch.save(state, tmp_path / "state.pt")
+        with pytest.raises(data.DataError, match="is of another model"):
+            rrg.restore(tmp_path, random_mllm, optimizer)
+    finally:
+        grpo.remove_lora(random_mllm.model)
+
+
+def test_a_prompt_wants_a_marker_for_each_picture(random_mllm, photos):
+    with pytest.raises(ValueError, match="one image marker for each"):
+        random_mllm.prefill([random_mllm.chat(None, "Hello")], [photos[:2]])
+
+
 def test_ctrl_c_saves_first(whole_run, tmp_path):
     out = tmp_path / "stopped"
     process = subprocess.Popen([sys.executable, "rrg.py", *small(out, "--save-every", "100")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
