@@ -432,6 +432,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(page, width, tmp_pa
     assert int(sideways) <= width and int(sections) >= 3 and pictures == "true"
 
 
+@pytest.mark.parametrize("page", ["rrg"], indirect=True)
 def test_a_report_beside_a_table_of_another_seed_shows_the_runs_own_photos(page, monkeypatch):
     monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
     before = re.findall(r"data:image/jpeg;base64,[^\"]+", page[1].read_text())
