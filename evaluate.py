@@ -1,580 +1,938 @@
-"""evaluate.py: describe, remember, retrieve, then recognise, caption and answer: what the descriptions are worth to a personal assistant.
+"""evaluate.py: what descriptions are worth: a benchmark's photos put to the assistant, as a table.
 
-    describe   each concept's reference photos are described by the speaker (the model with an adapter, or "base": without)
-    remember   the descriptions become a database in RAP's JSON: all that the assistant will know of these things
-    retrieve   for a new photo, the k concepts whose reference photos and descriptions are most like it
-    then three tasks, all by the model *without* adapter, reading nothing but the new photo and the database:
-    recognise  photo + one description -> is it that very thing? For every test photo and every concept.
-    caption    photo + the k lettered descriptions -> the right letter, and a caption that calls the thing by its name
-    answer     photo + the right description + a question with two options -> the right option
+Each concept's reference photos are described by a speaker: the model with an adapter, or "base",
+the model as it came. The descriptions become a database, and the test photos are put to the
+assistant that knows nothing else (assistant.py): it retrieves, captions, recognises and answers
+questions. So the reader is the same in all rows of the table, and only the descriptions differ.
 
-and with --grounding, as RePIC is measured, by the model *with* its adapter, from pictures instead of descriptions:
-    ground     reference photos with names + a photo of one of these things, or a scene of two or four -> do captions use the names? With
-               the right references, with those that are most like the things in the picture, and with wrong ones (fewer is better)
+With --grounding the model is also measured as RePIC was, *with* its adapter on and from pictures
+instead of descriptions: it sees reference photos with names, then a photo of one of these concepts,
+or a scene of two or four. Do its captions use the names? With the right references, with those
+that look most like what is in the picture, and with wrong ones (where fewer is better).
 
-    python evaluate.py --adapter runs/x/adapter                                        # the toy world: one row for base, one for the run
-    python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data perva-data/ --all      # any folder of photos (data.py lists the layouts)
-    python evaluate.py --model ... --photos my_things/ --query photo.jpg               # ask about one picture
-    python evaluate.py --report runs/x                                                 # a finished run and its table as one page, report.html
+    python evaluate.py --adapter runs/x/adapter    # the toy world: a row for base, one for x
+    python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/ --all
+                                                   # any folder of photos (data.py has the layouts)
+    python evaluate.py --database database.json    # descriptions that were written elsewhere
 
-The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos of held-out concepts, whose categories
-rrg.py was trained on, looked up in a database of all concepts of these categories; "unseen" the same for the categories it never met. Columns:
+The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos
+of held-out concepts, whose categories rrg.py was trained on, looked up in a database of all
+concepts of these categories; "unseen" the same for the categories that it never met. Columns:
 
-    caption F1     of the letter that was chosen, with its precision and recall: the mean over things
-    name F1        does the caption call the thing by its name
-    recognition    the mean of positive (this is it) and negative (this is another one); inside, across: with negatives of its own category
-                   only, of other categories only
-    VQA, leakage   right answers; descriptions that mention state or place. words: how long a description is
-    ceiling        is the right thing among the k retrieved: captions cannot be better. unparsed: answers that cannot be read
+    caption F1        of the chosen letter, with precision and recall: the mean over concepts
+    name F1           does the caption call the concept by its name?
+    recognition       the mean of positive (this is it) and negative (this is another one)
+    inside, across    the same, with negatives of its own category only, of other categories only
+    VQA               right answers to questions
+    leakage           descriptions that mention state or place
+    words             how long a description is
+    ceiling           is the right one among the k retrieved? Captions cannot be better
+    unparsed          answers that cannot be read, which are wrong as well
 
-Where it departs from the paper and its authors' research code:
-1. The model's own features are the default in retrieval: photos by the frozen tower, texts by the listener's belief; --embedder takes a CLIP.
-2. Candidates are lettered in random order. (By rank, "A" would be a good guess.)
-3. Answers are parsed strictly, and what cannot be read is wrong *and* counted as unparsed; it is never guessed.
-4. Recognition and questions show the query photo only, as the paper's prompt says. (The research code shows a reference photo as well.)
-5. Where the truth is not known, the leakage judge is the model itself (the research code: another language model).
-6. RePIC finds the things of a scene by a detector. Here scenes are collages (data.py), so each thing's own photo is put to retrieval.
+Next to the photos are read, where they are: Yo'LLaVA's questions (yollava-visual-qa.json) and
+RAP's list of recognition pairs (recognition_test.json).
 
-Shapes: P photos, C concepts in the database, k retrieved candidates, D width of the vectors that are compared.
+Where it departs from the papers and their research code (see assistant.py for the assistant):
+1. Where the truth is not known, the model itself judges leakage. (The research code asks another
+   language model.)
+2. RePIC finds the things of a scene by a detector. Here scenes are collages (repic.py), so each
+   photo of a collage is compared on its own with the reference photos.
+
+Shapes: C concepts in the database, D width of the vectors that are compared.
 """
-import argparse
-import base64
-import csv
-import html
-import io
-import itertools
-import json
+
+import dataclasses
 import pathlib
 import random
 import re
 import shlex
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-import data
-import grpo
-import reward
-import rrg
+import run
 import toy
-from data import tag
+from assistant import (
+    YES_OR_NO,
+    AssistantOptions,
+    Entry,
+    Question,
+    adapt,
+    answer_questions,
+    caption,
+    database,
+    describe,
+    fill_in_assistant,
+    find_photo,
+    published_form,
+    read_answer,
+    read_database,
+    recognise,
+    retrieve,
+)
+from data import (
+    PHOTO_SUFFIXES,
+    WRAPPERS,
+    Concept,
+    DataError,
+    Photo,
+    find_folder,
+    fingerprint,
+    natural,
+    read_photo,
+    tag,
+)
+from lora import remove_lora, write_json
+from model import MLLM, Clip, Prompt
+from repic import PROMPTS, collage, name_grounding
+from rrg import load_world, photos_of, picture_side
+from run import option
 
-REFERENCES = list(itertools.product((1, 2, 4), ("right", "retrieved", "wrong")))  # of --grounding: things in the picture, how references are chosen
-SCENES = 60  # pictures of one thing, as many of two and of four; each is captioned with right, with retrieved and with wrong references
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LEAKAGE = ("This is how somebody described a thing of theirs: ",
-           "\nDoes it mention a passing state of the thing, such as what it is doing, how it is placed, or that it is open, worn or folded? Does it "
-           "mention a location, such as the background or what stands around? Judge strictly by its words. Answer only with JSON in this form:\n"
-           '{"State": "Yes or No", "Location": "Yes or No"}')
+SCENES = 60  # pictures of one concept, as many of two and of four, for --grounding
+LEAKAGE = (  # {text} is a quoted description
+    "This is how somebody described a thing of theirs: {text}\n"
+    "Does it mention a passing state of the thing, such as what it is doing, how it is placed, or "
+    "that it is open, worn or folded? Does it mention a location, such as the background or what "
+    "stands around? Judge strictly by its words. Answer only with JSON in this form:\n"
+    '{"State": "Yes or No", "Location": "Yes or No"}'
+)
 
 
-# ------------------------------------------------------------------------------------------------------------- pure functions
-def read_answer(text, **fields):
-    """An answer's JSON object -> {field: text}, or None unless the answer is that object and nothing else (a ``` fence is allowed).
+# ------------------------------------------------------------------------------------ the figures
+def mean(values):
+    """The mean of a list, None of an empty one."""
+    return sum(values) / len(values) if values else None
 
-    `fields`: the names that must be there, each with the values it may have (in any case), or None for any text.
+
+def midpoint(a, b):
+    """The mean of two figures, None where one is not known."""
+    return None if a is None or b is None else (a + b) / 2
+
+
+@dataclass
+class Judgement:
+    """A photo and a description, and what the assistant made of the two."""
+
+    shown: bool  # does the photo show the concept?
+    said_yes: bool | None  # None where the answer cannot be read
+    same_category: bool  # are the photo's concept and the described one of the same category?
+
+
+def share_right(judgements):
+    """How often the assistant was right. What cannot be read is wrong on either side."""
+    return mean([judgement.said_yes is judgement.shown for judgement in judgements])
+
+
+def recognition_scores(judgements):
+    """Accuracies of judgements.   -> {figure: fraction}, None where there is nothing to count
+
+    weighted = (positive + negative) / 2, so that the many negatives do not drown the positives;
+    inside and across keep the negatives of the photo's own category, and of the others.
     """
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", text, re.DOTALL)
-    try:
-        # Pairs and not a dictionary, which would hide that a field is there twice. An object becomes a tuple, so a list can be told from it.
-        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(pairs, tuple) or len(dict(pairs)) < len(pairs):
-        return None
-    row = {name: value.strip() for name, value in pairs if isinstance(value, str)}
-    for name, allowed in fields.items():
-        spelled = {value.lower(): value for value in allowed or [row.get(name, "")]}
-        row[name] = spelled.get(row.get(name, "").lower())
-    return row if all(row[name] for name in fields) else None
+    positives = [judgement for judgement in judgements if judgement.shown]
+    negatives = [judgement for judgement in judgements if not judgement.shown]
+    inside = [judgement for judgement in negatives if judgement.same_category]
+    across = [judgement for judgement in negatives if not judgement.same_category]
 
-
-def retrieve(image, text, k):
-    """Similarities [P, C] of photos to the concepts' reference photos and descriptions -> (the k best concepts [P, k], best first; scores
-    [P, C]). The two live on different scales, so each is rescaled to 0 to 1 over the concepts, then they are averaged. Of equals the first
-    in the database wins."""
-    scale = lambda x: (x - x.amin(1, keepdim=True)) / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)).clamp(min=1e-12)
-    scores = (scale(image) + scale(text)) / 2  # [P, C]
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
-
-
-def recognition_scores(rows):
-    """rows (does the photo show it: bool, answered yes: bool or None if unparsed, of the same category: bool) -> accuracies.
-
-    weighted = (positive + negative) / 2, so that the many negatives do not drown the positives; inside and across keep the negatives
-    of the photo's own category, and of the others. What is unparsed is wrong on either side. None where there is nothing to count.
-    """
-    positive = rrg.mean([said is True for same, said, _ in rows if same])
-    negative = lambda which: rrg.mean([said is False for same, said, kin in rows if not same and kin in which])  # which: of the category, or not
-    mean = lambda other: None if positive is None or other is None else (positive + other) / 2
-    return {"recognition_positive": positive, "recognition_negative": negative((True, False)), "recognition_weighted": mean(negative((True, False))),
-            "recognition_inside": mean(negative((True,))), "recognition_across": mean(negative((False,)))}
-
-
-def captioning_scores(rows, tested=None):
-    """rows (right name, chosen name or None if unparsed) -> precision, recall, F1, each the mean over concepts. 0 / 0 is 0.
-
-    As the RRG authors count: a concept that is only ever chosen wrongly is a class too, and of precision 0. Their databases hold tested
-    concepts only. Where there are others to be chosen, `tested` says which names are classes; to choose another one is still wrong.
-    """
-    hits = Counter(right for right, chosen in rows if right == chosen)
-    actual, picked = Counter(right for right, _ in rows), Counter(name for _, name in rows if name is not None)
-    names = actual.keys() | picked.keys()
-    names = sorted(names & tested if tested else names)  # in order: sums of floats depend on it
-    return {"captioning_precision": rrg.mean([hits[name] / max(1, picked[name]) for name in names]),
-            "captioning_recall": rrg.mean([hits[name] / max(1, actual[name]) for name in names]),
-            "captioning_f1": rrg.mean([2 * hits[name] / (actual[name] + picked[name]) for name in names])}  # of precision and recall
-
-
-def name_grounding(rows, case_sensitive=False):
-    """Do captions call things by their names? rows (names that belong there, caption) -> {"precision", "recall", "f1"}.
-
-    The rule of RAP and RePIC. A caption's words are split at white space and stripped of .,!?;:()[]{}"'- at both ends; a name is there if
-    a word equals it, bare or as <name>. If <bo> belongs in a caption, one that says <bo> is a hit, one that does not, but says a name of
-    these rows that does not belong there, is a miss, and one without any name is neither: it only lowers the recall.
-        precision = hits / (hits + misses)        recall = hits / names that belong
-    RePIC's tables of two concepts are case-sensitive, those of one and four are not.
-    """
-    case = str if case_sensitive else str.lower
-    rows = [([case(name).removeprefix("<").removesuffix(">") for name in names], case(caption)) for names, caption in rows]
-    pool, hits, misses = {name for names, _ in rows for name in names}, 0, 0
-    for names, caption in rows:
-        words = {word.strip(".,!?;:()[]{}\"'-") for word in caption.replace("</s>", "").split()}
-        there = {name for name in pool if words & {name, f"<{name}>"}}
-        right = sum(name in there for name in names)
-        hits += right
-        misses += len(names) - right if there - set(names) else 0
-    slots = sum(len(names) for names, _ in rows)
-    precision, recall = hits / max(1, hits + misses), hits / max(1, slots)
-    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-12, precision + recall)}
-
-
-# --------------------------------------------------------------------------------------------------------- describe, remember
-def describe(mllm, concepts, max_tokens):
-    """-> [Entry] of the concepts, whose photos are all described by the speaker, which is the model as it is now, greedy.
-
-    A malformed description is remembered, too, only without its tags: an assistant has to live with what was said.
-    """
-    photos = [photo for concept in concepts for photo in concept.photos]
-    said = dict(zip(photos, mllm.tell([([photo], reward.SPEAK) for photo in photos], max_tokens, "describing")))
-    plain = lambda text: description.text if (description := reward.parse(text)) else " ".join(re.sub(r"</?\w+>", " ", text).split())
-    return [data.Entry(concept.name, concept.category, concept.photos, " ".join(plain(said[photo]) for photo in concept.photos),
-                       malformed=not all(reward.parse(said[photo]) for photo in concept.photos)) for concept in concepts]
-
-
-def leakage(mllm, entries, max_tokens):
-    """-> (share of descriptions that mention state or location, None if no verdict can be read; verdicts that cannot be read).
-
-    Exact in the toy world. Elsewhere the model without adapter is the judge, and judges the words alone, without a picture.
-    """
-    if all(photo.truth for entry in entries for photo in entry.photos):
-        return rrg.mean([toy.leaks(entry.text) for entry in entries]), 0
-    answers = mllm.tell([([], LEAKAGE[0] + mllm.quote(entry.text) + LEAKAGE[1]) for entry in entries], max_tokens, "judging leakage")
-    verdicts = [read_answer(answer, State=("Yes", "No"), Location=("Yes", "No")) for answer in answers]
-    return rrg.mean(["Yes" in (row["State"], row["Location"]) for row in verdicts if row]), verdicts.count(None)
-
-
-# -------------------------------------------------------------------------------------------------------------- the three tasks
-def similarity(embedder, photos, entries):
-    """-> image and text similarity [P, C] of photos and entries. Several reference photos count by the mean of their vectors."""
-    if bare := [entry.name for entry in entries if not entry.photos]:
-        raise data.DataError(f"the database has no picture of {bare[0]}, so photos cannot be compared with it")
-    vectors = embedder.embed([*photos, *(photo for entry in entries for photo in entry.photos)])
-    memory = torch.stack([torch.stack([vectors[photo.name] for photo in entry.photos]).mean(0) for entry in entries])  # [C, D]
-    return torch.stack([vectors[photo.name] for photo in photos]) @ memory.T, embedder.compare(photos, [entry.text for entry in entries])
-
-
-def caption(mllm, photos, candidates, max_tokens, seed):
-    """candidates: a list of entries for each photo -> [(the entries in the order of their letters, the answer as read or None, its text), ...]."""
-    orders = [random.Random(f"letters {seed} {photo.name}").sample(some, len(some)) for photo, some in zip(photos, candidates)]
-    lines = ["\n".join(f"{letter}. {mllm.quote(entry.text)} is {tag(entry.name)}" for letter, entry in zip(LETTERS, order)) for order in orders]
-    texts = mllm.reply(reward.CAPTIONING, list(zip(photos, lines)), max_tokens, "captioning")
-    return [(order, read_answer(text, Answer=LETTERS[:len(order)], Caption=None), text) for order, text in zip(orders, texts)]
-
-
-def recognise(mllm, pairs, max_tokens):
-    """pairs [(photo, entry)] -> [whether the photo shows the thing, None where the answer cannot be read]."""
-    texts = mllm.reply(reward.RECOGNITION, [(photo, mllm.quote(entry.text)) for photo, entry in pairs], max_tokens, "recognition")
-    rows = [read_answer(text, Answer=("Yes", "No")) for text in texts]
-    return [row and row["Answer"] == "Yes" for row in rows]  # None stays None
-
-
-def answer(mllm, questions, known, max_tokens):
-    """questions [data.Question], known {name: entry} -> [whether the answer is right, None where it cannot be read]."""
-    asked = [(q.photo, "\n".join([f"{tag(q.concept)}: {mllm.quote(known[q.concept].text)}", q.text.format(tag(q.concept)),
-                                  *(f"{letter}. {option}" for letter, option in q.options.items())])) for q in questions]
-    rows = [read_answer(text, Answer=tuple(q.options)) for q, text in zip(questions, mllm.reply(reward.VQA, asked, max_tokens, "answering"))]
-    return [row and row["Answer"] == q.answer for q, row in zip(questions, rows)]
-
-
-def grounding(mllm, embedder, known, tested, split, options):
-    """Does the model as it is now call things by their names in captions, given reference photos? -> {names_N_HOW_precision, ..._recall,
-    ..._f1} for N things in the picture and right, retrieved or wrong references; None where there are too few concepts.
-
-    `known` and `tested` are concepts, `split` {concept name: (reference photos, test photos)}. A wrong reference shows a thing that is
-    not in the picture; its name counts, and should not be there. (RePIC, tables 1 to 3)
-    """
-    figures, reference = {}, {concept.name: split[concept.name][0][0] for concept in known}  # the first reference photo of each
-    vectors = embedder.embed([*reference.values(), *(photo for concept in tested for photo in split[concept.name][1])])
-    memory = torch.stack([vectors[photo.name] for photo in reference.values()])  # [C, D]
-    for many, how in REFERENCES:
-        prompts, expected, enough = [], [], len(tested) >= many and len(known) >= 2 * many
-        for number in range(SCENES if enough else 0):
-            rng = random.Random(f"scene {options.seed} {many} {number}")
-            names = [concept.name for concept in rng.sample(tested, many)]
-            photos, others = [rng.choice(split[name][1]) for name in names], rng.sample([name for name in reference if name not in names], many)
-            nearest = dict.fromkeys(list(reference)[(memory @ vectors[photo.name]).argmax()] for photo in photos)  # two may have the same one
-            given = {"right": names, "retrieved": nearest, "wrong": others}[how]
-            picture = photos[0] if many == 1 else data.collage(photos, rrg.side(mllm), number)[0]
-            before, after = reward.REPIC["ict"][number % 3]  # the three wordings in turn
-            prompts.append(([*(reference[name] for name in given), picture], before + ", ".join(map(tag, given)) + after))
-            expected.append([tag(name) for name in (others if how == "wrong" else names)])
-        captions = mllm.tell(prompts, options.max_tokens, "calling by name")
-        for key, value in name_grounding(zip(expected, captions), case_sensitive=many == 2).items():
-            figures[f"names_{many}_{how}_{key}"] = value if enough else None
-    return figures
-
-
-def examine(mllm, embedder, entries, tests, questions, pairs, options):
-    """All figures of one part of the table: `tests` [(photo, concept name)] put to the database `entries`. Fractions, None where unknown.
-
-    `questions` [data.Question] and `pairs` {(photo, concept name): is it} are the benchmark's own, of which those count that are about the
-    tests, or questions of the toy world and nothing: then each photo is put to each entry.
-    """
-    known, shown, (photos, names) = {entry.name: entry for entry in entries}, dict(tests), zip(*tests)
-    best, _ = retrieve(*similarity(embedder, photos, entries), options.k)  # [P, k]
-    candidates = [[entries[i] for i in row] for row in best.tolist()]
-    if options.skip_retrieval:  # the right one instead of the last
-        candidates = [some if known[name] in some else [*some[:-1], known[name]] for name, some in zip(names, candidates)]
-    captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
-    chosen = [row and order[LETTERS.index(row["Answer"])].name for order, row, _ in captions]
-    called = name_grounding([([tag(name)], row["Caption"] if row else "") for name, (_, row, _) in zip(names, captions)])
-    pairs = pairs or {(photo, entry.name): entry.name == name for photo, name in tests for entry in entries}
-    pairs = {(photo, name): same for (photo, name), same in pairs.items() if photo in shown and name in known}
-    said = recognise(mllm, [(photo, known[name]) for photo, name in pairs], options.max_tokens)
-    kin = [known[name].category == known[shown[photo]].category for photo, name in pairs]
-    right = answer(mllm, [q for q in questions if q.concept in names], known, options.max_tokens)
-    leaked, unjudged = leakage(mllm, entries, options.max_tokens)
+    right = share_right(positives)
     return {
-        **captioning_scores(list(zip(names, chosen)), set(names)),
-        **{f"name_{key}": value for key, value in called.items()},
-        **recognition_scores(list(zip(pairs.values(), said, kin))),
-        "vqa": rrg.mean([hit is True for hit in right]), "leakage": leaked, "words": rrg.mean([len(entry.text.split()) for entry in entries]),
-        "retrieval_ceiling": rrg.mean([known[name] in some for name, some in zip(names, candidates)]),
-        "unparsed": rrg.mean([hit is None for hit in [*chosen, *said, *right]]),
-        "counts": {"concepts": len(set(names)), "database": len(entries), "photos": len(photos), "pairs": len(pairs), "questions": len(right),
-                   "unparsed_captions": chosen.count(None), "unparsed_recognition": said.count(None), "unparsed_vqa": right.count(None),
-                   "unparsed_leakage": unjudged, "malformed_descriptions": sum(entry.malformed for entry in entries)},
+        "recognition_positive": right,
+        "recognition_negative": share_right(negatives),
+        "recognition_weighted": midpoint(right, share_right(negatives)),
+        "recognition_inside": midpoint(right, share_right(inside)),
+        "recognition_across": midpoint(right, share_right(across)),
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- the table
-COLUMNS = {"captioning_f1": "caption F1", "captioning_precision": "precision", "captioning_recall": "recall", "name_f1": "name F1",
-           "recognition_weighted": "recognition", "recognition_positive": "positive", "recognition_negative": "negative",
-           "recognition_inside": "inside", "recognition_across": "across", "vqa": "VQA", "leakage": "leakage", "words": "words",
-           "retrieval_ceiling": "ceiling", "unparsed": "unparsed"}
-GROUNDING = {f"names_{many}_{how}_f1": f"{many} {'name' if many == 1 else 'names'}, {how}" for many, how in REFERENCES}
+@dataclass
+class Choice:
+    """Which concept a photo shows, and which one was chosen."""
+
+    right: str  # a name
+    chosen: str | None  # None where the answer cannot be read
+
+
+def captioning_scores(choices, tested=None):
+    """Precision, recall and F1 of choices, each the mean over concepts. 0 / 0 is 0.
+
+    As the RRG authors count: a concept that is only ever chosen wrongly is a class too, of
+    precision 0. Their databases hold tested concepts only. Where there are others to be chosen,
+    `tested` says which names are classes; to choose another one is still wrong.
+    """
+    hits = Counter(choice.right for choice in choices if choice.right == choice.chosen)
+    actual = Counter(choice.right for choice in choices)
+    picked = Counter(choice.chosen for choice in choices if choice.chosen is not None)
+    names = actual.keys() | picked.keys()
+    if tested:
+        names = names & tested
+
+    precision = []
+    recall = []
+    f1 = []
+    for name in sorted(names):  # in order: sums of floats depend on it
+        precision.append(hits[name] / max(1, picked[name]))
+        recall.append(hits[name] / max(1, actual[name]))
+        f1.append(2 * hits[name] / (actual[name] + picked[name]))
+    return {
+        "captioning_precision": mean(precision),
+        "captioning_recall": mean(recall),
+        "captioning_f1": mean(f1),
+    }
+
+
+# ------------------------------------------------------------------------- what is measured with
+@dataclass
+class PhotoSplit:
+    """The photos of a concept."""
+
+    references: list[Photo]  # to be described
+    tests: list[Photo]
+
+
+def split_photos(concept, references, seed):
+    """Draw `references` photos of a concept to be described; others are tests.   -> PhotoSplit
+
+    Where the benchmark is split: references come from "train", and all of "test" are tests. Where
+    it is not, or has only "test": what is not drawn is a test, and a concept of two photos or
+    more always keeps one.
+    """
+    tests = [photo for photo in concept.photos if photo.part == "test"]
+    others = [photo for photo in concept.photos if photo.part != "test"]
+    rng = random.Random(f"references {seed} {concept.name}")
+    if tests and others:
+        order = rng.sample(others, len(others))
+        return PhotoSplit(order[:references], tests)
+
+    order = rng.sample(concept.photos, len(concept.photos))
+    count = max(1, min(references, len(order) - 1))
+    return PhotoSplit(order[:count], order[count:])
+
+
+@dataclass(frozen=True)
+class Test:
+    """A photo that is put to the assistant, and the name of the concept it shows."""
+
+    photo: Photo
+    concept: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo that is put to one description."""
+
+    photo: Photo
+    concept: str  # the name of the one that is described
+    shown: bool  # does the photo show it?
+
+
+def find_json(root, name):
+    """A benchmark's JSON file in its folder or next to it.   -> its content, None if absent"""
+    root = find_folder(root)
+    folders = [root]
+    folders += [root / wrapper for wrapper in sorted(WRAPPERS)]
+    folders.append(root.parent)
+    for folder in folders:
+        if (folder / name).is_file():
+            return run.load_json(folder / name)
+    return None
+
+
+def by_file_name(concepts):
+    """{(concept name, file name): Photo}: how a benchmark's JSON names its photos.
+
+    Of two photos of one file name it is the test photo.
+    """
+    photos = {}
+    for concept in concepts:
+        for photo in concept.photos:
+            key = (concept.name, pathlib.PurePosixPath(photo.name).name)
+            other = photos.get(key)
+            if other is None or other.part != "test" or photo.part == "test":
+                photos[key] = photo
+    return photos
+
+
+def place_of(path):
+    """The folder and the file name at the end of a path: how `by_file_name` calls a photo."""
+    path = pathlib.PurePosixPath(path)
+    return (path.parent.name, path.name)
+
+
+def question_items(content):
+    """The items of Yo'LLaVA's question file.   -> [(path of the photo, item), ...]
+
+    It comes nested, {concept: {path: item}}, or flat, {path: item}, or as a list of items that
+    name their image.
+    """
+    if not isinstance(content, dict):
+        return [(item["image"], item) for item in content]
+    is_flat = any("question" in item for item in content.values())
+    if is_flat:
+        return list(content.items())
+    items = []
+    for group in content.values():
+        if isinstance(group, dict):
+            items += group.items()
+        else:
+            items += [(item["image"], item) for item in group]
+    return items
+
+
+def load_questions(root, concepts, log=print):
+    """Yo'LLaVA's yollava-visual-qa.json in the folder or next to it.   -> [Question]
+
+    Empty where there is none. Questions about photos that are not there are left out, and counted
+    through `log`. Raises DataError for JSON in another form.
+    """
+    photos = by_file_name(concepts)
+    questions = []
+    content = find_json(root, "yollava-visual-qa.json") or {}
+    with published_form("yollava-visual-qa.json"):
+        items = question_items(content)
+        for path, item in items:
+            place = place_of(path)
+            options = item.get("options") or item.get("option")
+            if place not in photos or not options:
+                continue
+            concept, _ = place
+            # {} is for the name alone.
+            text = item["question"].replace("{", "(").replace("}", ")")
+            text = re.sub(r"<sks>|\bsks\b", "{}", text)
+            right = item["correct_answer"]
+            questions.append(Question(concept, photos[place], text, options, right))
+
+    left_out = len(items) - len(questions)
+    if left_out:
+        log(f"left out {left_out} of {len(items)} questions: their pictures are not in {root}")
+    return questions
+
+
+def load_pairs(root, concepts):
+    """RAP's recognition_test.json in the folder or next to it.   -> [Pair], empty if absent
+
+    Only its `correct_answer` is to be trusted: 333 rows whose other fields call them negative show
+    the concept itself. Raises DataError for JSON in another form.
+    """
+    photos = by_file_name(concepts)
+    labels = {}  # {(photo, concept name): does the photo show it?}; the last of two rows counts
+    content = find_json(root, "recognition_test.json") or []
+    with published_form("recognition_test.json"):
+        for row in content:
+            place = place_of(row["image"])
+            if place in photos:
+                name = row["concept"].strip("<>")
+                labels[photos[place], name] = bool(row["correct_answer"])
+    return [Pair(photo, name, shown) for (photo, name), shown in labels.items()]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A photo of several concepts, and their names."""
+
+    photo: Photo
+    names: list[str]
+
+
+def queries_in_folders(root):
+    """RAP's folders <A>_and_<B>/ of photos.   -> [Query]"""
+    queries = []
+    for file in sorted(root.rglob("*_and_*/*"), key=natural):
+        if file.suffix.lower() in PHOTO_SUFFIXES:
+            photo = Photo(str(file.relative_to(root)), partial(read_photo, file))
+            queries.append(Query(photo, file.parent.name.split("_and_")))
+    return queries
+
+
+def load_queries(path):
+    """Photos that show several concepts, in the two forms they are published in.   -> [Query]
+
+    A folder of RAP's <A>_and_<B>/ folders, or RePIC's JSON, {path: [name, ...]} or
+    {path: [[name, ...], ...]}. Raises DataError for JSON in another form, and for a picture that
+    it names and that cannot be found.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return queries_in_folders(path)
+    content = run.load_json(path)
+    queries = []
+    with published_form("the list of pictures of several things"):
+        for image, names in content.items():
+            groups = names if names and isinstance(names[0], list) else [names]
+            for group in groups:
+                bare = [name.strip("<>") for name in group]
+                queries.append(Query(find_photo(image, path), bare))
+    return queries
+
+
+def toy_questions(tests, seed):
+    """Where, how and in what light is it? Three questions about each test photo.   -> [Question]
+
+    No good description answers them: they are answered by looking.
+    """
+    questions = []
+    for test in tests:
+        rng = random.Random(f"questions {seed} {test.photo.name}")
+        for kind in toy.VIEW:
+            quiz = toy.quiz(test.photo.truth, kind, rng)
+            questions.append(
+                Question(test.concept, test.photo, quiz.text, quiz.options, quiz.answer)
+            )
+    return questions
+
+
+@dataclass
+class Part:
+    """One part of the table: concepts of categories that are seen in training, or unseen."""
+
+    known: list[Concept]  # those in the database
+    tested: list[Concept]  # those whose photos are put to the assistant
+    tests: list[Test] = field(default_factory=list)
+
+
+@dataclass
+class Benchmark:
+    """All that speakers and databases are measured with."""
+
+    root: pathlib.Path | None  # the folder of photos; None: the toy world
+    concepts: list[Concept]
+    splits: dict[str, PhotoSplit]  # {concept name: its photos}
+    parts: dict[str, Part]  # "seen" and "unseen"
+    questions: list[Question]  # the benchmark's own
+    pairs: list[Pair]  # the benchmark's own
+
+
+def load_benchmark(mllm, options):
+    """The photos in --data, or the toy world, and what comes with them.   -> Benchmark"""
+    root = find_folder(options.data) if options.data else None
+    concepts, split = load_world(mllm, root, options.seed)
+
+    splits = {}
+    for concept in concepts:
+        splits[concept.name] = split_photos(concept, options.references, options.seed)
+    seen = split.train + split.test
+    tested = seen if options.all else split.test
+    parts = {"seen": Part(seen, tested), "unseen": Part(split.unseen, split.unseen)}
+
+    questions = []
+    pairs = []
+    if root:
+        questions = load_questions(root, concepts)
+        pairs = load_pairs(root, concepts)
+    return Benchmark(root, concepts, splits, parts, questions, pairs)
+
+
+def choose_tests(benchmark, used):
+    """Fill in the tests of each part. used: the photos that databases were written from.
+
+    Those are no tests, nor are copies of them: RAP's databases keep pictures of their own.
+    """
+    fingerprints = {fingerprint(photo.load()) for photo in used}
+    for part in benchmark.parts.values():
+        part.tests = []
+        for concept in part.tested:
+            photos = benchmark.splits[concept.name].tests
+            if fingerprints:
+                photos = [p for p in photos if fingerprint(p.load()) not in fingerprints]
+            part.tests += [Test(photo, concept.name) for photo in photos]
+
+
+# ---------------------------------------------------------------------- what the assistant makes
+@dataclass
+class Leakage:
+    """How much descriptions mention state or place."""
+
+    share: float | None  # of descriptions; None if no verdict can be read
+    unparsed: int  # verdicts that cannot be read
+
+
+def leakage(mllm, entries, max_tokens):
+    """How many descriptions mention state or place?   -> Leakage
+
+    Exact in the toy world. Elsewhere the model without adapter is the judge, and it judges the
+    words alone, without a picture.
+    """
+    photos = [photo for entry in entries for photo in entry.photos]
+    if all(photo.truth for photo in photos):
+        return Leakage(mean([toy.leaks(entry.text) for entry in entries]), 0)
+
+    prompts = []
+    for entry in entries:
+        prompts.append(Prompt([], LEAKAGE.replace("{text}", mllm.quote(entry.text))))
+    leaked = []
+    unparsed = 0
+    for answer in mllm.greedy(prompts, max_tokens, "judging leakage"):
+        verdict = read_answer(answer, State=YES_OR_NO, Location=YES_OR_NO)
+        if verdict is None:
+            unparsed += 1
+        else:
+            leaked.append("Yes" in (verdict["State"], verdict["Location"]))
+    return Leakage(mean(leaked), unparsed)
+
+
+def find_candidates(embedder, entries, tests, options):
+    """The k entries that each test photo is captioned with.   -> [[Entry] * k] * tests
+
+    With --skip-retrieval the right one is always among them, in the place of the last.
+    """
+    photos = [test.photo for test in tests]
+    entry_of = {entry.name: entry for entry in entries}
+    candidates = []
+    for test, retrieved in zip(tests, retrieve(embedder, photos, entries, options.k), strict=True):
+        of_photo = [found.entry for found in retrieved]
+        right = entry_of[test.concept]
+        if options.skip_retrieval and right not in of_photo:
+            of_photo[-1] = right
+        candidates.append(of_photo)
+    return candidates
+
+
+def all_pairs(tests, entries):
+    """Each test photo with each entry.   -> [Pair]"""
+    pairs = []
+    for test in tests:
+        for entry in entries:
+            pairs.append(Pair(test.photo, entry.name, shown=entry.name == test.concept))
+    return pairs
+
+
+def judge(mllm, entries, tests, pairs, max_tokens):
+    """Put test photos to descriptions, in those `pairs` that are about them.   -> [Judgement]"""
+    entry_of = {entry.name: entry for entry in entries}
+    shows = {test.photo: test.concept for test in tests}  # the name of what a photo shows
+    pairs = [pair for pair in pairs if pair.photo in shows and pair.concept in entry_of]
+    described = [(pair.photo, entry_of[pair.concept]) for pair in pairs]
+    verdicts = recognise(mllm, described, max_tokens)
+
+    judgements = []
+    for pair, said_yes in zip(pairs, verdicts, strict=True):
+        photo_shows = entry_of[shows[pair.photo]]
+        same_category = entry_of[pair.concept].category == photo_shows.category
+        judgements.append(Judgement(pair.shown, said_yes, same_category))
+    return judgements
+
+
+def examine(mllm, embedder, entries, tests, questions, pairs, options):
+    """All figures of one part of the table: tests put to a database.
+
+    entries [Entry]: the database; tests [Test], at least one
+    questions [Question], pairs [Pair]: the benchmark's own, of which those count that are about
+    the tests. Without pairs each photo is put to each entry.
+    -> {figure: fraction, None where it is not known; "counts": {what: number}}
+    """
+    names = [test.concept for test in tests]
+    entry_of = {entry.name: entry for entry in entries}
+
+    # Retrieve and caption.
+    candidates = find_candidates(embedder, entries, tests, options)
+    photos = [test.photo for test in tests]
+    captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
+    choices = []
+    named = []  # (the name that belongs there, the caption), for `name_grounding`
+    found = []  # is the right entry among the candidates?
+    for name, of_photo, captioned in zip(names, candidates, captions, strict=True):
+        chosen = captioned.chosen.name if captioned.chosen else None
+        choices.append(Choice(name, chosen))
+        named.append(([tag(name)], captioned.text))
+        found.append(entry_of[name] in of_photo)
+
+    # Recognise.
+    judgements = judge(mllm, entries, tests, pairs or all_pairs(tests, entries), options.max_tokens)
+
+    # Answer questions.
+    questions = [question for question in questions if question.concept in names]
+    hits = answer_questions(mllm, questions, entry_of, options.max_tokens)
+
+    # The descriptions themselves.
+    leaked = leakage(mllm, entries, options.max_tokens)
+    lengths = [len(entry.text.split()) for entry in entries]
+
+    # What could not be read, in all three tasks.
+    answers = [choice.chosen for choice in choices]
+    verdicts = [judgement.said_yes for judgement in judgements]
+    unparsed = [answer is None for answer in answers + verdicts + hits]
+
+    called = {f"name_{figure}": value for figure, value in name_grounding(named).items()}
+    return {
+        **captioning_scores(choices, set(names)),
+        **called,
+        **recognition_scores(judgements),
+        "vqa": mean([hit is True for hit in hits]),
+        "leakage": leaked.share,
+        "words": mean(lengths),
+        "retrieval_ceiling": mean(found),
+        "unparsed": mean(unparsed),
+        "counts": {
+            "concepts": len(set(names)),
+            "database": len(entries),
+            "photos": len(tests),
+            "pairs": len(judgements),
+            "questions": len(hits),
+            "unparsed_captions": answers.count(None),
+            "unparsed_recognition": verdicts.count(None),
+            "unparsed_vqa": hits.count(None),
+            "unparsed_leakage": leaked.unparsed,
+            "malformed_descriptions": sum(entry.malformed for entry in entries),
+        },
+    }
+
+
+# ------------------------------------------------------------------ names in captions (--grounding)
+COUNTS = (1, 2, 4)  # concepts in the picture
+REFERENCES = ("right", "retrieved", "wrong")  # how reference photos are chosen
+
+
+@dataclass
+class NamingTest:
+    """A picture of one concept or several, to be captioned with their names."""
+
+    picture: Photo
+    photos: list[Photo]  # those it is made of, one of each concept
+    names: list[str]  # of what is in it
+    others: list[str]  # as many names of what is not in it
+
+
+def draw_naming_test(part, splits, count, number, side, seed):
+    """Picture `number` of `count` concepts; one of several is a collage.   -> NamingTest"""
+    rng = random.Random(f"scene {seed} {count} {number}")
+    names = [concept.name for concept in rng.sample(part.tested, count)]
+    photos = [rng.choice(splits[name].tests) for name in names]
+    absent = [concept.name for concept in part.known if concept.name not in names]
+    others = rng.sample(absent, count)
+    picture = photos[0]
+    if count > 1:
+        picture, _ = collage(photos, side, number)
+    return NamingTest(picture, photos, names, others)
+
+
+class ReferencePhotos:
+    """The first reference photo of each known concept, and which of them look like a photo."""
+
+    def __init__(self, embedder, part, splits):
+        self.photos = {}  # {concept name: Photo}
+        for concept in part.known:
+            self.photos[concept.name] = splits[concept.name].references[0]
+        tests = []
+        for concept in part.tested:
+            tests += splits[concept.name].tests
+        self.vectors = embedder.embed([*self.photos.values(), *tests])  # {photo name: [D]}
+        of_references = [self.vectors[photo.name] for photo in self.photos.values()]
+        self.memory = torch.stack(of_references)  # [C, D]
+
+    def most_alike(self, photo):
+        """The name of the concept whose reference photo is most like a test photo."""
+        similarities = self.memory @ self.vectors[photo.name]  # [C]
+        return list(self.photos)[similarities.argmax()]
+
+    def chosen(self, test, how):
+        """The names of the references that a picture is captioned with."""
+        if how == "right":
+            return test.names
+        if how == "wrong":
+            return test.others
+        names = [self.most_alike(photo) for photo in test.photos]
+        return list(dict.fromkeys(names))  # two photos may have the same one
+
+
+def naming_scores(mllm, tests, references, how, max_tokens):
+    """Do captions call concepts by the names that reference photos gave them?
+
+    A wrong reference shows a concept that is not in the picture: its name counts, and should not
+    be there. Each picture has one of the three wordings, in turn.
+    -> {"precision", "recall", "f1"}
+    """
+    prompts = []
+    expected = []
+    for number, test in enumerate(tests):
+        names = references.chosen(test, how)
+        template = PROMPTS["ict"][number % len(PROMPTS["ict"])]
+        text = template.replace("{text}", ", ".join(tag(name) for name in names))
+        photos = [references.photos[name] for name in names]
+        prompts.append(Prompt([*photos, test.picture], text))
+        belong = test.others if how == "wrong" else test.names
+        expected.append([tag(name) for name in belong])
+    captions = mllm.greedy(prompts, max_tokens, "calling by name")
+
+    # Of two names RePIC counts them case-sensitively, of one and of four not.
+    is_pair = len(tests[0].names) == 2
+    return name_grounding(list(zip(expected, captions, strict=True)), case_sensitive=is_pair)
+
+
+def grounding(mllm, embedder, part, splits, options):
+    """Does the model, as it is now, call concepts by their names?   (RePIC, tables 1 to 3)
+
+    -> {"names_<count>_<references>_<figure>": fraction}, None where there are too few concepts
+    """
+    references = ReferencePhotos(embedder, part, splits)
+    side = picture_side(mllm)
+    figures = {}
+    for count in COUNTS:
+        tests = []
+        if len(part.tested) >= count and len(part.known) >= 2 * count:
+            for number in range(SCENES):
+                tests.append(draw_naming_test(part, splits, count, number, side, options.seed))
+        for how in REFERENCES:
+            scores = dict.fromkeys(("precision", "recall", "f1"))
+            if tests:
+                scores = naming_scores(mllm, tests, references, how, options.max_tokens)
+            for figure, value in scores.items():
+                figures[f"names_{count}_{how}_{figure}"] = value
+    return figures
+
+
+def grounding_columns():
+    """{figure: how the table calls it}"""
+    columns = {}
+    for count in COUNTS:
+        noun = "name" if count == 1 else "names"
+        for how in REFERENCES:
+            columns[f"names_{count}_{how}_f1"] = f"{count} {noun}, {how}"
+    return columns
+
+
+# -------------------------------------------------------------------------------------- the table
+COLUMNS = {
+    "captioning_f1": "caption F1",
+    "captioning_precision": "precision",
+    "captioning_recall": "recall",
+    "name_f1": "name F1",
+    "recognition_weighted": "recognition",
+    "recognition_positive": "positive",
+    "recognition_negative": "negative",
+    "recognition_inside": "inside",
+    "recognition_across": "across",
+    "vqa": "VQA",
+    "leakage": "leakage",
+    "words": "words",
+    "retrieval_ceiling": "ceiling",
+    "unparsed": "unparsed",
+}
+GROUNDING = grounding_columns()
+TITLE = (
+    "{photos} test photos of {concepts} concepts, {database} in the database, "
+    "{pairs} pairs to recognise, {questions} questions"
+)
+GROUNDING_TITLE = (
+    "names in captions (F1), by how many things there are and which references are given"
+)
+
+
+@dataclass
+class Row:
+    """A row of the table."""
+
+    name: str  # an adapter, "base", or the file of a database
+    entries: list[Entry]  # the descriptions, of all concepts
+    grounding: dict[str, dict] = field(default_factory=dict)  # {part: figures}
+
+
+def speaker_row(mllm, embedder, name, benchmark, options):
+    """All that is done with an adapter on: describe, and with --grounding caption.   -> Row"""
+    adapt(mllm, name)
+    concepts = []
+    for concept in benchmark.concepts:
+        references = benchmark.splits[concept.name].references
+        concepts.append(dataclasses.replace(concept, photos=references))
+    row = Row(name, describe(mllm, concepts, options.max_tokens))
+
+    for part_name, part in benchmark.parts.items():
+        if options.grounding and part.tested:
+            figures = grounding(mllm, embedder, part, benchmark.splits, options)
+            row.grounding[part_name] = figures
+    remove_lora(mllm.model)
+    return row
+
+
+def database_row(file, concepts):
+    """Descriptions that were written elsewhere.   -> Row
+
+    Raises DataError where a concept is not described.
+    """
+    described = {entry.name: entry for entry in read_database(file, photos_of(concepts))}
+    missing = [concept.name for concept in concepts if concept.name not in described]
+    if missing:
+        raise DataError(
+            f"{file} describes {len(described)} concepts, but not {len(missing)} of the "
+            f"{len(concepts)} here, such as {missing[0]}"
+        )
+    return Row(file, [described[concept.name] for concept in concepts])
+
+
+def reader_figures(mllm, embedder, row, benchmark, options):
+    """Put all tests to one row's descriptions.   -> {part: figures, None without tests}"""
+    figures = {}
+    for part_name, part in benchmark.parts.items():
+        figures[part_name] = None
+        if not part.tests:
+            continue
+        known = {concept.name for concept in part.known}
+        entries = [entry for entry in row.entries if entry.name in known]
+        questions = benchmark.questions
+        if benchmark.root is None:
+            questions = toy_questions(part.tests, options.seed)
+        figures[part_name] = examine(
+            mllm, embedder, entries, part.tests, questions, benchmark.pairs, options
+        )
+        figures[part_name] |= row.grounding.get(part_name, {})
+    return figures
+
+
+def save(result, row, root, out):
+    """Write the table so far, and a row's descriptions next to it."""
+    write_json(out, result)
+    file = pathlib.Path(out)
+    slug = re.sub(r"[^\w-]+", "-", row.name).strip("-")
+    content = database(row.entries, root or "")
+    write_json(file.with_name(f"{file.stem}-{slug}-database.json"), content)
+
+
+def table(mllm, embedder, options, models):
+    """A row for each of `models`, adapters or "base", and for each database.
+
+    embedder: the MLLM, or a Clip -> the content of --out, whose "rows" are {name: {part: figures}}
+    """
+    for adapter in options.adapter:
+        warn_of_other_split(adapter, options)
+    benchmark = load_benchmark(mllm, options)
+    photos = photos_of(benchmark.concepts)
+    mllm.encode_photos(photos, "looking at the photos")
+    mllm.check_words(tag(concept.name) for concept in benchmark.concepts)
+
+    # Databases come first, since one that does not fit should be noticed before the work.
+    databases = [database_row(file, benchmark.concepts) for file in options.database]
+    used = []
+    for row in databases:
+        used += photos_of(row.entries)
+    choose_tests(benchmark, used)
+
+    # What is done with an adapter on comes before what reads it, the model without.
+    rows = [speaker_row(mllm, embedder, name, benchmark, options) for name in models]
+
+    result = {
+        "seed": options.seed,
+        "command": shlex.join(["python", *sys.argv]),
+        "device": run.machine(mllm.device),
+        "rows": {},
+    }
+    for row in rows + databases:
+        print(f"evaluating {row.name}")
+        result["rows"][row.name] = reader_figures(mllm, embedder, row, benchmark, options)
+        if options.out:
+            save(result, row, benchmark.root, options.out)
+    return result
+
+
+def warn_of_other_split(adapter, options):
+    """Print a note if an adapter's run held out other concepts than this table."""
+    record = pathlib.Path(adapter).parent / "config.json"
+    if not record.is_file():
+        return
+    settings = run.load_json(record).get("settings")
+    if not settings:
+        return
+    same_seed = settings["seed"] == options.seed
+    same_data = pathlib.Path(settings["data"]) == pathlib.Path(options.data)
+    if not (same_seed and same_data):
+        print(
+            f"note: {adapter} was trained with --seed {settings['seed']} --data "
+            f"{settings['data'] or '(the toy world)'}, so it may have met concepts that this table "
+            "holds out"
+        )
+
+
+def cell(figure, value):
+    """One figure in words."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if figure == "words" else f"{value:.1%}"
+
+
+def lines_of(columns, rows):
+    """Some columns as texts: the heading, then a line a row.   rows {name: figures}"""
+    lines = [["", *columns.values()]]
+    for name, figures in rows.items():
+        cells = [cell(figure, figures.get(figure)) for figure in columns]
+        lines.append([name, *cells])
+    return lines
 
 
 def tables(rows):
-    """What a table looks like to people: yields (title, [the lines' cells, the heading first]), for seen and for unseen categories."""
-    cell = lambda key, value: "-" if value is None else f"{value:.1f}" if key == "words" else f"{value:.1%}"
-    lines = lambda columns, some: [["", *columns.values()], *([name, *(cell(key, row.get(key)) for key in columns)] for name, row in some.items())]
+    """The rows as people read them.   rows {name: {part: figures}}
+
+    Yields (title, lines), for seen and for unseen categories; the first line is the heading.
+    """
     for part in ("seen", "unseen"):
-        if some := {name: row[part] for name, row in rows.items() if row[part]}:
-            counts = next(iter(some.values()))["counts"]
-            told = "{photos} test photos of {concepts} concepts, {database} in the database, {pairs} pairs to recognise, {questions} questions"
-            yield f"{part} categories: {told.format(**counts)}", lines(COLUMNS, some)
-            if any(GROUNDING.keys() & row.keys() for row in some.values()):
-                yield "names in captions (F1), by how many things there are and which references are given", lines(GROUNDING, some)
+        of_part = {name: row[part] for name, row in rows.items() if row[part]}
+        if not of_part:
+            continue
+        counts = next(iter(of_part.values()))["counts"]
+        yield f"{part} categories: {TITLE.format(**counts)}", lines_of(COLUMNS, of_part)
+        if any(GROUNDING.keys() & figures.keys() for figures in of_part.values()):
+            yield GROUNDING_TITLE, lines_of(GROUNDING, of_part)
 
 
 def show(rows):
     """Print the rows as Markdown."""
     for title, (heading, *lines) in tables(rows):
-        print(f"\n{title}\n\n| {' | '.join(heading)} |\n{'|---' * len(heading)}|")
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        print(f"\n{title}\n")
+        print(f"| {' | '.join(heading)} |")
+        print("|---" * len(heading) + "|")
+        for line in lines:
+            print(f"| {' | '.join(line)} |")
 
 
-def recall(file, concepts, photos):
-    """A database made elsewhere -> the [Entry] of each of `concepts`. Raises DataError where it does not describe one."""
-    entries = {entry.name: entry for entry in data.read_database(file, photos)}
-    if missing := [concept.name for concept in concepts if concept.name not in entries]:
-        raise data.DataError(f"{file} describes {len(entries)} concepts, but not {len(missing)} of the {len(concepts)} here, such as {missing[0]}")
-    return [entries[concept.name] for concept in concepts]
+# ------------------------------------------------------------------------------- the command line
+@dataclass
+class Options(AssistantOptions):
+    """Every option of this script."""
+
+    adapter: list = option(
+        [],
+        "a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times",
+        metavar="DIR",
+    )
+    database: list = option(
+        [],
+        "descriptions in RAP's JSON: a row of the table; may be given several times",
+        metavar="FILE",
+    )
+    data: str = option(
+        "",
+        "folder of photos, or a hub dataset such as google/dreambooth; default: the toy world",
+        metavar="DIR",
+    )
+    all: bool = option(
+        False,
+        "test every concept, also those that rrg.py trains on: for photos that no adapter here "
+        "was trained on",
+    )
+    skip_retrieval: bool = option(False, "the right concept is always among the k")
+    grounding: bool = option(
+        False,
+        "also RePIC's measure: names in captions of pictures of one, two and four concepts, from "
+        "reference photos",
+    )
+    out: str = option(
+        "",
+        "write the table here as JSON, and each row's descriptions next to it",
+        metavar="FILE",
+    )
 
 
-def table(mllm, embedder, options, models):
-    """One row for each of `models`, adapters or "base", and one for each database -> the content of --out."""
-    root = data.fetch(options.data) if options.data else ""
-    concepts, (train, test, unseen) = rrg.load_world(mllm, root, options.seed)
-    for adapter in options.adapter:
-        warn_of_other_split(adapter, options)
-    seen = train + test
-    held = {"seen": (seen, seen if options.all else test), "unseen": (unseen, unseen)}  # part: (concepts in the database, those tested)
-    split = {concept.name: data.split_photos(concept, options.references, options.seed) for concept in concepts}
-    asked, pairs = (data.load_questions(root, concepts), data.load_pairs(root, concepts)) if root else ([], {})
-    photos = [photo for concept in concepts for photo in concept.photos]
-    mllm.look(photos, progress=True)
-    mllm.check(tag(concept.name) for concept in concepts)
-    remembered, grounded = {file: recall(file, concepts, photos) for file in options.database}, {}  # {row: entries}, {(row, part): figures}
-    # What a database was written from is no test, nor is a copy of it: RAP's databases keep pictures of their own.
-    used = {data.fingerprint(photo.open()) for entries in remembered.values() for entry in entries for photo in entry.photos}
-    tests = {part: [(photo, concept.name) for concept in tested for photo in split[concept.name][1]
-                    if not used or data.fingerprint(photo.open()) not in used] for part, (_, tested) in held.items()}
-    for name in models:  # all that is said with an adapter on comes first; what reads it, below, is the model without
-        adapt(mllm, name)
-        remembered[name] = describe(mllm, [replace(concept, photos=split[concept.name][0]) for concept in concepts], options.max_tokens)
-        grounded |= {(name, part): grounding(mllm, embedder, *some, split, options) for part, some in held.items() if some[1] and options.grounding}
-        grpo.remove_lora(mllm.model)
-    result = {"seed": options.seed, "command": shlex.join(["python", *sys.argv]), "device": rrg.machine(mllm.device), "rows": {}}
-    for name in [*models, *options.database]:
-        result["rows"][name] = row = {"seen": None, "unseen": None}
-        print(f"evaluating {name}")
-        for part, (known, _) in held.items():
-            if tests[part]:
-                entries = [entry for entry in remembered[name] if entry.name in {concept.name for concept in known}]
-                questions = asked if root else toy.questions(tests[part], options.seed)
-                row[part] = examine(mllm, embedder, entries, tests[part], questions, pairs, options) | grounded.get((name, part), {})
-        if options.out:
-            grpo.write_json(options.out, result)  # and the descriptions beside it:
-            file, slug = pathlib.Path(options.out), re.sub(r"[^\w-]+", "-", name).strip("-")
-            grpo.write_json(file.with_name(f"{file.stem}-{slug}-database.json"), data.database(remembered[name], root))
-    return result
+def read_settings(argv=None):
+    """The command line.   -> Options"""
+    return fill_in_assistant(Options, run.read_options(Options, __doc__, argv))
 
 
-def adapt(mllm, adapter):
-    """Put an adapter on; "base" is none."""
-    if adapter != "base":
-        with data.refusing("cannot put the adapter on", ValueError):
-            grpo.load_adapter(mllm.model, adapter)
-
-
-def warn_of_other_split(adapter, options):
-    """Print a note if an adapter's run had other held-out concepts than this table."""
-    record = pathlib.Path(adapter).parent / "config.json"
-    run = data.load_json(record).get("settings") if record.is_file() else None
-    if run and (run["seed"], pathlib.Path(run["data"])) != (options.seed, pathlib.Path(options.data)):
-        print(f"note: {adapter} was trained with --seed {run['seed']} --data {run['data'] or '(the toy world)'}, so it may have met concepts "
-              "that this table holds out")
-
-
-# ------------------------------------------------------------------------------------------------------- ask about one picture
-def ask(mllm, embedder, options):
-    """Describe the things in --photos (or read them from --database), then say which of them the --query photo shows, and why."""
-    query = data.Photo(f"query {options.query}", partial(data.read_photo, options.query))
-    with data.refusing(f"cannot read the picture {options.query}", *data.UNREADABLE):
-        query.open()
-    if options.database:
-        entries = data.read_database(options.database[0])
-    else:
-        adapt(mllm, *options.adapter or ["base"])
-        things = [replace(concept, photos=concept.photos[:options.references]) for concept in data.load_concepts(options.photos, least=1)]
-        entries = describe(mllm, things, options.max_tokens)
-        grpo.remove_lora(mllm.model)
-        if malformed := sum(entry.malformed for entry in entries):
-            print(f"{malformed} descriptions are not in the form that was asked for")
-    if options.out:
-        grpo.write_json(options.out, data.database(entries, data.fetch(options.photos) if options.photos else ""))
-    elif not options.database:
-        print("(to ask again without describing your things again: add --out things.json now, then give --database things.json for --photos)")
-    mllm.check(tag(entry.name) for entry in entries)
-    image, text = similarity(embedder, [query], entries)
-    best, scores = retrieve(image, text, options.k)
-    [(order, row, said)] = caption(mllm, [query], [[entries[i] for i in best[0]]], options.max_tokens, options.seed)
-    if row:
-        print(f"\n{row['Caption']}\n\nbecause it chose {row['Answer']}" + (f": {row['Reasoning']}" if row.get("Reasoning") else ""))
-    else:
-        print(f"\nNo caption: the model's answer is not the JSON that was asked for, and is not guessed at. It said: {said!r}\n")
-    print(f"the {len(order)} most similar of {len(entries)} things, by a score: half picture, half words, each rescaled to 0 to 1 over all things")
-    for i in best[0].tolist():
-        letter = LETTERS[order.index(entries[i])]
-        print(f"  {'*' if row and row['Answer'] == letter else ' '}{letter}  {entries[i].name}  {scores[0, i]:.2f} "
-              f"(as measured: picture {image[0, i]:.3f}, words {text[0, i]:.3f})  {entries[i].text}")
-
-
-# ---------------------------------------------------------------------------------------------------------- a run as a page
-CURVES = ("reward", "listener_accuracy", "kl", "leakage", *data.KINDS, "nll")  # of metrics.csv; those that the run has
-HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><style>:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
-div{display:flex;flex-wrap:wrap;gap:1rem}figure{flex:1 1 10rem;max-width:15rem;margin:0}img,svg,meter{width:100%}svg{color:#2f7fc1}label{display:block}
-section{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:.3rem .6rem;border-bottom:1px solid;text-align:right}th:first-child{text-align:left;min-width:10rem;overflow-wrap:anywhere}
-article{border-top:1px solid;padding:1rem 0}h2{margin-top:2.5rem}h3{font-size:1rem}pre{white-space:pre-wrap}</style>"""
-
-
-class Html(str):
-    """Text that is HTML already."""
-
-
-def element(name, *inside, **attributes):
-    """<name attribute="...">inside</name> as Html; text that is not Html is escaped. With nothing inside there is no end tag, as of <img>."""
-    given = "".join(f' {key.replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    content = "".join(part if isinstance(part, Html) else html.escape(part) for part in inside)
-    return Html(f"<{name}{given}>{content}</{name}>" if inside else f"<{name}{given}>")
-
-
-def chart(name, log):
-    """A column of metrics.csv as SVG: its values faint, the mean of the last tenth of them bold."""
-    steps, values = zip(*((int(row["step"]), float(row[name])) for row in log if row[name]))
-    top, window = max(values), max(1, len(values) // 10)
-    smooth = [rrg.mean(values[max(0, i - window):i]) for i in range(1, len(values) + 1)]
-    line = lambda ys: " ".join(f"{300 * x / len(log):.1f},{100 - 90 * max(0, y) / (top or 1):.1f}" for x, y in zip(steps, ys))  # on 300 x 100
-    told = f"{name.replace('_', ' ')}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}, at most {top:.3g}"
-    drawn = Html(f'<svg viewBox="-2 0 304 104" fill="none" stroke="currentColor" role="img" aria-label="{told}"><path d="M0 0V100H300"/>'
-                 f'<polyline points="{line(values)}" opacity=".4"/><polyline points="{line(smooth)}" stroke-width="3"/></svg>')
-    return element("figure", drawn, element("figcaption", told, element("br"), element("small", rrg.METRICS[name])))
-
-
-def grid(title, lines):
-    """A table as HTML: [the lines' cells, the heading first]. One that is too wide scrolls on its own."""
-    head, *body = lines
-    rows = [element("tr", *(element("th", cell, scope="col") for cell in head))]
-    rows += [element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in rest)) for first, *rest in body]
-    return element("section", element("h3", title), element("table", *rows), aria_label=title, tabindex=0)
-
-
-def figure(photo, told, *more):
-    """A photo within the page, what it is, and `more`."""
-    image, file, told = photo.open(), io.BytesIO(), f"{photo.name}: {told}"
-    image.thumbnail((320, 320))
-    image.save(file, "JPEG", quality=90)
-    pixels = base64.b64encode(file.getvalue()).decode()
-    return element("figure", element("img", src=f"data:image/jpeg;base64,{pixels}", alt=told), element("figcaption", told), *more)
-
-
-def example(rows, photos):
-    """One held-out game or task, {"before": row, "after": row} of result.json. In games of the toy world words that leak are marked."""
-    game, said = rows["before"], []
-    truth_known = "pool" in game and photos[game["target"]].truth
-    if "pool" in game:
-        shown = [figure(photos[game["target"]], "target, what the speaker sees")]
-        for i, name in enumerate(game["pool"]):
-            beliefs = {when: row["rho"][i] for when, row in rows.items() if row["rho"]}
-            bars = [element("label", f"{when}: {rho:.0%} yes", element("meter", "", value=rho)) for when, rho in beliefs.items()]
-            shown.append(figure(photos[name], "hard positive: the same thing" if i == game["answer"] else "a look-alike", *bars))
-    else:
-        shown = [figure(photos[name], f"picture {i}") for i, name in enumerate(game["photos"], 1)]
-        said.append(element("p", f"{game['question']} ({game['kind']}; right: {game['solution']})"))
-    for when, row in rows.items():
-        description = reward.parse(row["text"])
-        words = re.split(r"\b", description.text if description else row["text"])
-        title = when if description or "pool" not in game else f"{when} (not parsed)"
-        said.append(element("p", element("b", title), " ", *(element("mark", word) if truth_known and toy.leaks(word) else word for word in words)))
-    return element("article", element("div", *shown), *said)
-
-
-def group(logged, std_floor):
-    """A line of samples.jsonl, one game of a training step: its G answers, what they earned, and how much better than its siblings each is."""
-    rewards = [row["reward"] for row in logged["samples"]]
-    advantages = grpo.group_advantages(torch.tensor([rewards]), std_floor=std_floor)[0].tolist()
-    lines = [[row["text"], f"{pay:.3f}", f"{A:+.2f}"] for row, pay, A in zip(logged["samples"], rewards, advantages)]
-    return grid(f"step {logged['step']}: the answers about {logged.get('target') or logged['question']}", [["answer", "reward", "advantage"], *lines])
-
-
-def album(mllm, folder, options):
-    """{name: Photo} of what a finished run was examined with."""
-    config = rrg.Config(**data.load_json(folder / "config.json")["settings"])
-    photos = {photo.name: photo for game in rrg.set_up(config, mllm)[1] for photo in rrg.pictures(game)}
-    if (options.data, options.seed) != (config.data, config.seed):
-        mllm.features.clear()  # the table shows other photos, which may have the same names
-    return photos
-
-
-def page(folder, photos, rows):
-    """A finished run, the `photos` of its held-out games and the `rows` of its table as one HTML page without anything from elsewhere."""
-    record, result = data.load_json(folder / "config.json"), data.load_json(folder / "result.json")
-    log = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    config, title = rrg.Config(**record["settings"]), folder.resolve().name
-    parts = {
-        "Results": [grid("held out", [("", "before", "after", "before, unseen categories", "after, unseen categories"), *rrg.held_out(result)]),
-                    *(grid(*some) for some in tables(rows))],
-        "Curves": [element("p", "Each step faint, the mean of the last tenth of the steps bold."),
-                   element("div", *(chart(name, log) for name in CURVES if any(row.get(name) for row in log)))],
-        "Games": [element("p", "Held out from training, answered greedily. Below a candidate: how far the listener believes that the words fit. "
-                               "In games of the toy world marked words tell of place, pose or light, which the next photo will not share.")]}
-    with data.refusing(f"{config.data or 'the toy world'} is not what it was when {folder} was trained; it lacks", KeyError):
-        parts["Games"] += [example(dict(zip(result["examples"], pair)), photos) for pair in zip(*result["examples"].values())]
-    if config.method != "sft":
-        parts["Groups"] = [element("p", "What the advantages are made of: all answers of one game, at the first step and at the last."),
-                           *(group(logged, config.std_floor) for logged in samples[:1] + samples[1:][-1:])]
-    body = [inside for name, part in parts.items() for inside in (element("h2", name, id=name), *part)]
-    links = [link for name in parts for link in (element("a", name, href=f"#{name}"), " ")]
-    told = f"{config.method} · {result['steps']} steps in {result['seconds']:.0f} s on {result['device']}"
-    return "<!doctype html>" + element("html", Html(HEAD), element("title", title), element("main", element("h1", title), element("p", told), element(
-        "pre", record["command"]), element("nav", *links), *body), lang="en")
-
-
-def options_of_run(folder):
-    """A finished run's own options for its table. Raises DataError if the folder holds no such run."""
-    if not (folder / "result.json").is_file():
-        raise data.DataError(f"{folder} holds no finished run; to finish one: python rrg.py --out {folder} --resume")
-    own = data.load_json(folder / "config.json")["settings"]
-    return {"adapter": [str(folder / "adapter")], "out": str(folder / "table.json"),
-            **{name: own[name] for name in ("model", "data", "seed", "embedder", "max_pixels")}}
-
-
-def settings(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, several = partial(parser.add_argument, default=""), partial(parser.add_argument, action="append", default=[])
-    number, switch = partial(parser.add_argument, type=int, metavar="INT"), partial(parser.add_argument, action="store_true")
-    add("--model", default=str(toy.FOLDER), metavar="DIR", help="a folder or hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy model")
-    several("--adapter", metavar="DIR", help="a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times")
-    add("--data", metavar="DIR", help="folder of photos or hub dataset such as google/dreambooth; default: the toy world")
-    several("--database", metavar="FILE", help="descriptions in RAP's JSON: a row of the table (several times), or with --query all that is known")
-    add("--photos", metavar="DIR", help="with --query: your things, a photo or a folder of photos each, named as they are called")
-    add("--query", metavar="FILE", help="ask about this one picture")
-    number("--references", default=1, help="photos described of each concept (default 1; published: MyVLM 4, PerVA 5); one is left for the test")
-    number("--k", default=3, help="descriptions retrieved for a photo (default 3)")
-    switch("--skip-retrieval", help="the right concept is always among the k")
-    add("--embedder", metavar="CLIP", help="CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself")
-    switch("--grounding", help="also RePIC's measure: names in captions of pictures of one, two and four things, from reference photos")
-    switch("--all", help="test every concept, also those that rrg.py trains on: for photos that no adapter here was trained on")
-    number("--seed", default=0, help="seed of splits, references and letters: give the run's, if it was not 0 (default 0; published: MyVLM 0 to 4)")
-    number("--max-tokens", default=128, help="longest description or answer, in tokens (default 128)")
-    number("--max-pixels", help=f"photos are shrunk to this many pixels at most (default {rrg.Config.max_pixels}; toy model {rrg.TOY['max_pixels']})")
-    add("--out", metavar="FILE", help="write the table here as JSON and each row's database beside it; with --query: the database")
-    add("--report", nargs="?", type=pathlib.Path, const=pathlib.Path(rrg.newest_run()), default=None, metavar="RUN",
-        help="a finished run (default: the newest in runs/): its table, curves, games and descriptions as one page, RUN/report.html "
-             "(model, data and seed are the run's, the table goes to RUN/table.json too)")
-    options = parser.parse_args(argv)
-    if options.report:
-        parser.set_defaults(**options_of_run(options.report))
-        options = parser.parse_args(argv)
-    if options.report and options.query:
-        parser.error("--report is about a run, --query about one picture: give one of them")
-    if options.photos and not options.query or options.query and not (options.photos or options.database):
-        parser.error("--query and --photos go together (or --query and --database)")
-    if options.query and len(options.adapter) + len(options.database) > 1:
-        parser.error("with --query give one --adapter or one --database at most")
-    if options.references < 1 or not 2 <= options.k <= len(LETTERS) or options.max_tokens < 1:
-        parser.error("--references and --max-tokens must be at least 1, --k from 2 to 26")
-    options.max_pixels = options.max_pixels or (rrg.TOY["max_pixels"] if toy.is_toy(options.model) else rrg.Config.max_pixels)
-    return options
-
-
-def main(options):
-    mllm = rrg.MLLM(options.model, options.max_pixels)
-    embedder = data.Clip(options.embedder, mllm.device) if options.embedder else mllm
-    if options.query:
-        return ask(mllm, embedder, options)
-    photos = album(mllm, options.report, options) if options.report else {}  # first: if the run's data have moved, it is noticed before the work
-    rows = table(mllm, embedder, options, ["base", *options.adapter])["rows"]
-    show(rows)
-    if options.report:
-        content, file = page(options.report, photos, rows), options.report / "report.html"
-        grpo.write_atomically(file, lambda path: path.write_text(content, encoding="utf-8"))
-        print(f"\nwrote {file}, which any browser opens")
+def main(argv=None):
+    options = read_settings(argv)
+    mllm = MLLM(options.model, options.max_pixels)
+    embedder = Clip(options.embedder, mllm.device) if options.embedder else mllm
+    result = table(mllm, embedder, options, ["base", *options.adapter])
+    show(result["rows"])
 
 
 if __name__ == "__main__":
-    try:
-        main(settings())
-    except data.DataError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    run.main(main)

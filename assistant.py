@@ -1,0 +1,614 @@
+"""assistant.py: an assistant that knows your things only by their descriptions.
+
+    describe   the speaker, which is the model with an adapter on or as it came, describes each
+               thing's reference photos
+    remember   the descriptions become a database in RAP's JSON: all that the assistant will know
+               of these things
+    retrieve   for a new photo, the k things whose reference photos and descriptions are most
+               like it
+
+Then there are three tasks, all for the model *without* adapter. It sees the new photo and reads
+the database, nothing else:
+
+    caption    the photo and the k lettered descriptions: which letter is it? And a caption that
+               calls the thing by its name
+    recognise  the photo and one description: is it that very thing?
+    answer     the photo, the right description and a question with two options: which is right?
+
+The command line puts one photo to the assistant, up to its caption; evaluate.py measures all of it.
+
+    python assistant.py --photos my_photos/ photo.jpg                    # describe, then ask
+    python assistant.py --photos my_photos/ --out things.json photo.jpg  # and keep the descriptions
+    python assistant.py --database things.json photo.jpg                 # ask again, without photos
+
+--photos is a folder with a photo or a folder of photos of each of your things, which bears its
+name. The toy model knows toys only: for real things add --model Qwen/Qwen2-VL-2B-Instruct and, of
+a run of rrg.py, --adapter runs/x/adapter.
+
+Where it departs from the paper and its authors' research code:
+1. The model's own features are the default in retrieval: photos are compared by the frozen tower,
+   a photo and a text by the listener's belief. --embedder takes a CLIP.
+2. Candidates are lettered in random order. (By rank, "A" would be a good guess.)
+3. Answers are parsed strictly. One that cannot be read is never guessed at.
+4. Recognition and questions show the new photo only, as the paper's prompt says. (The research
+   code shows a reference photo as well.)
+
+Shapes: P photos, C concepts in the database, k retrieved candidates, D width of the vectors that
+are compared.
+"""
+
+import dataclasses
+import json
+import pathlib
+import random
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import run
+import toy
+from data import (
+    UNREADABLE,
+    Concept,
+    DataError,
+    Photo,
+    find_folder,
+    load_concepts,
+    one_line_errors,
+    read_photo,
+    tag,
+)
+from lora import load_adapter, remove_lora, write_json
+from model import MLLM, Clip, Prompt
+from reward import SPEAK, parse
+from run import option
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+YES_OR_NO = ("Yes", "No")
+ANY_TEXT = None  # of `read_answer`
+# What somebody else's JSON raises when it is taken apart and is not in the form it should have.
+UNEXPECTED = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+
+
+# ---------------------------------------------------------------------------------- what is asked
+# What the assistant is asked about a photo. {text} is what it knows of the user's concepts.
+RECOGNITION = (  # {text}: a quoted description
+    "Somebody described a thing of theirs:\n{text}\n"
+    "Is the main subject of this photo that very thing? Compare what identifies it, such as "
+    "colour, shape, pattern and texture, and ignore pose, background and light. "
+    "Answer only with JSON in this form:\n"
+    '{"Reasoning": "a brief comparison", "Answer": "Yes or No"}'
+)
+CAPTIONING = (  # {text}: a line a candidate: its letter, its quoted description, "is", its <name>
+    "Somebody described some things of theirs:\n{text}\n"
+    "One of them is the main subject of this photo. Compare what identifies it, such as colour, "
+    "shape, pattern and texture, and ignore pose, background and light. "
+    "Then write a caption of this photo that calls the subject by its name. "
+    "Answer only with JSON in this form:\n"
+    '{"Reasoning": "a brief comparison", "Answer": "the letter", '
+    '"Caption": "the caption with the <name>"}'
+)
+VQA = (  # {text}: the <name> and the quoted description; the question; two lettered options
+    "Somebody described the main subject of this photo:\n{text}\n"
+    "Look at the photo and choose the right option. Answer only with JSON in this form:\n"
+    '{"Answer": "A or B"}'
+)
+
+
+# ----------------------------------------------------------------------------- reading the answers
+class JsonObject(dict):
+    """A JSON object that remembers whether a field was there twice, which a dict would hide."""
+
+    def __init__(self, pairs):
+        super().__init__(pairs)
+        self.has_repeats = len(self) < len(pairs)
+
+
+def read_answer(text, **fields):
+    """Read an answer strictly (departure 3).   -> {field: text}, or None if it cannot be read
+
+    The answer must be a JSON object and nothing else; a ``` fence around it is allowed.
+    fields: those that must be there, each with the values it may have, in any case, or ANY_TEXT.
+    Other fields are kept where they are texts.
+    """
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", text, re.DOTALL)
+    if fenced:
+        text = fenced[1]
+    try:
+        content = json.loads(text, object_pairs_hook=JsonObject)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, JsonObject) or content.has_repeats:
+        return None
+
+    row = {}
+    for name, value in content.items():
+        if isinstance(value, str):
+            row[name] = value.strip()
+    for name, allowed in fields.items():
+        if name not in row:
+            return None
+        if allowed is not ANY_TEXT:
+            spellings = {value.lower(): value for value in allowed}
+            row[name] = spellings.get(row[name].lower())
+        if not row[name]:
+            return None
+    return row
+
+
+# -------------------------------------------------------------------------------------- describe
+@dataclass(frozen=True)
+class Entry(Concept):
+    """What is remembered of a concept: a description, and the photos it was written from."""
+
+    text: str
+    malformed: bool = False  # is the description in another form than was asked for?
+
+
+def without_tags(answer):
+    """The description in a speaker's answer; of a malformed one all words, without the tags."""
+    description = parse(answer)
+    if description:
+        return description.text
+    return " ".join(re.sub(r"</?\w+>", " ", answer).split())
+
+
+def describe(mllm, concepts, max_tokens):
+    """Describe all photos of some concepts, greedily, by the model as it is now.   -> [Entry]
+
+    A malformed description is remembered, too: an assistant has to live with what the speaker
+    says.
+    """
+    photos = [photo for concept in concepts for photo in concept.photos]
+    prompts = [Prompt([photo], SPEAK) for photo in photos]
+    answers = mllm.greedy(prompts, max_tokens, progress="describing")
+    answer_of = dict(zip(photos, answers, strict=True))
+
+    entries = []
+    for concept in concepts:
+        answers = [answer_of[photo] for photo in concept.photos]
+        text = " ".join(without_tags(answer) for answer in answers)
+        malformed = any(parse(answer) is None for answer in answers)
+        entries.append(Entry(concept.name, concept.category, concept.photos, text, malformed))
+    return entries
+
+
+# -------------------------------------------------------------------------------------- remember
+def published_form(what):
+    """`with published_form("..."):` whatever goes wrong with somebody else's JSON is one error."""
+    message = f"{what} is not in the form it is published in; missing or unexpected"
+    return one_line_errors(message, *UNEXPECTED)
+
+
+def find_photo(path, source):
+    """The photo that the JSON file `source` names by a path, perhaps of another machine.   -> Photo
+
+    That is the path as it stands, or the longest end of it that exists in the file's folder or in
+    the two above. Raises DataError where there is none.
+    """
+    candidates = [pathlib.Path(path)]
+    parts = pathlib.PurePosixPath(str(path).replace("\\", "/")).parts
+    for first, part in enumerate(parts):
+        if part == "/":
+            continue
+        for folder in source.parents[:3]:
+            candidates.append(folder.joinpath(*parts[first:]))
+    for file in candidates:
+        if file.is_file():
+            return Photo(str(file), partial(read_photo, file))
+    raise DataError(f"{source} names the picture {path}, which is not there")
+
+
+def flatten_text(info):
+    """The text of a database's `info`: a text, a list, or a dictionary of parts.
+
+    Its category is not part of the text.
+    """
+    if isinstance(info, dict):
+        info = [part for key, part in info.items() if key != "category"]
+    if not isinstance(info, list):
+        return str(info or "").strip()
+    parts = [flatten_text(part) for part in info]
+    return " ".join(part for part in parts if part)
+
+
+def read_entry(marker, item, content, source, photos):
+    """One concept of a database.   -> Entry
+
+    marker: its name in angle brackets; item: what the "concept_dict" holds of it; content: the
+    whole database; source: its file; photos {name: Photo} are known already
+    """
+    images = item.get("image")
+    if not images:
+        owners = content.get("path_to_concept", {})
+        images = [image for image, owner in owners.items() if owner == marker]
+    if not isinstance(images, list):
+        images = [images]
+
+    info = item.get("info")
+    category = item.get("category")
+    if not category and isinstance(info, dict):
+        category = info.get("category")
+    return Entry(
+        name=marker.strip("<>"),
+        category=category or "object",
+        photos=[photos.get(image) or find_photo(image, source) for image in images],
+        text=flatten_text(info),
+    )
+
+
+def read_database(path, photos=()):
+    """A database of descriptions in RAP's JSON, by its file or its folder.   -> [Entry]
+
+    A picture is the one of `photos` with its name, else a file (see `find_photo`). A concept
+    without `info` has an empty description. Raises DataError for anything else than such a
+    database, and for pictures that are not there.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        folder = path
+        path = folder / "database_mod.json"  # RePIC's name for the one that counts
+        if not path.is_file():
+            path = folder / "database.json"
+    content = run.load_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("concept_dict"), dict):
+        raise DataError(f'{path} is not a database of descriptions: it has no "concept_dict"')
+
+    by_name = {photo.name: photo for photo in photos}
+    entries = []
+    with published_form("the database of descriptions"):
+        for marker, item in content["concept_dict"].items():
+            entries.append(read_entry(marker, item, content, path, by_name))
+    return entries
+
+
+def database(entries, root=""):
+    """RAP's JSON of a database. root: the folder in which the photos' names begin.
+
+    -> {"concept_dict": {<name>: ...}, "path_to_concept": {picture: <name>}}
+    """
+    concepts = {}
+    owners = {}
+    for entry in entries:
+        marker = f"<{entry.name}>"
+        paths = [str(pathlib.Path(root) / photo.name) for photo in entry.photos]
+        concepts[marker] = {
+            "name": entry.name,
+            "image": paths[0] if len(paths) == 1 else paths,
+            "info": entry.text,
+            "category": entry.category,
+        }
+        owners.update(dict.fromkeys(paths, marker))
+    return {"concept_dict": concepts, "path_to_concept": owners}
+
+
+# -------------------------------------------------------------------------------------- retrieve
+@dataclass
+class Retrieved:
+    """A description that was retrieved for a photo, and how alike the two are."""
+
+    entry: Entry
+    score: float  # 0 to 1: half picture, half words
+    picture: float  # similarity to the entry's photos, as measured
+    words: float  # similarity to its description, as measured
+
+
+def rescale(similarities):
+    """Each photo's similarities, stretched to reach from 0 to 1.   [P, C] -> [P, C]"""
+    lowest = similarities.amin(1, keepdim=True)  # [P, 1]
+    highest = similarities.amax(1, keepdim=True)  # [P, 1]
+    return (similarities - lowest) / (highest - lowest).clamp(min=1e-12)
+
+
+def retrieval_scores(picture, words):
+    """Half picture, half words.   similarities [P, C], [P, C] -> scores [P, C]
+
+    The two live on different scales, so each is rescaled over the concepts.
+    """
+    return (rescale(picture) + rescale(words)) / 2
+
+
+def picture_similarity(embedder, photos, entries):
+    """How much photos look like the entries' photos.   -> [P, C]
+
+    Several photos of an entry count by the mean of their vectors. Raises DataError for an entry
+    without any.
+    """
+    of_entries = []
+    for entry in entries:
+        if not entry.photos:
+            raise DataError(
+                f"the database has no picture of {entry.name}, so photos cannot be compared with it"
+            )
+        of_entries += entry.photos
+    vectors = embedder.embed([*photos, *of_entries])  # {photo name: [D]}
+
+    memory = []
+    for entry in entries:
+        memory.append(torch.stack([vectors[photo.name] for photo in entry.photos]).mean(0))
+    new = torch.stack([vectors[photo.name] for photo in photos])  # [P, D]
+    return new @ torch.stack(memory).T
+
+
+def retrieve(embedder, photos, entries, k):
+    """The k entries that are most like each photo, best first.   -> [[Retrieved] * k] * P
+
+    embedder: an MLLM, or a Clip. Of two that are equally alike the first in the database wins.
+    """
+    picture = picture_similarity(embedder, photos, entries)  # [P, C]
+    words = embedder.compare(photos, [entry.text for entry in entries])  # [P, C]
+    scores = retrieval_scores(picture, words)  # [P, C]
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # [P, k]
+
+    retrieved = []
+    for row, places in enumerate(best.tolist()):
+        of_photo = []
+        for place in places:
+            found = Retrieved(
+                entry=entries[place],
+                score=scores[row, place].item(),
+                picture=picture[row, place].item(),
+                words=words[row, place].item(),
+            )
+            of_photo.append(found)
+        retrieved.append(of_photo)
+    return retrieved
+
+
+# ------------------------------------------------------------------------------- the three tasks
+@dataclass
+class Caption:
+    """What the assistant answered, for one photo, to lettered descriptions."""
+
+    candidates: list[Entry]  # in the order of their letters
+    row: dict | None  # the answer as `read_answer` read it, None where it cannot be read
+    answer: str  # the answer as it stands
+
+    @property
+    def chosen(self):
+        """The entry that was chosen; None where the answer cannot be read."""
+        return self.candidates[LETTERS.index(self.row["Answer"])] if self.row else None
+
+    @property
+    def text(self):
+        """The caption; empty where the answer cannot be read."""
+        return self.row["Caption"] if self.row else ""
+
+    def letter(self, entry):
+        """The letter that stood before an entry."""
+        return LETTERS[self.candidates.index(entry)]
+
+
+def caption(mllm, photos, candidates, max_tokens, seed):
+    """Which of its candidates is the subject of each photo? And a caption that names it.
+
+    candidates: for each photo a list of entries, which is shuffled (departure 2) -> [Caption] * P
+    """
+    orders = []
+    pairs = []
+    for photo, entries in zip(photos, candidates, strict=True):
+        rng = random.Random(f"letters {seed} {photo.name}")
+        order = rng.sample(entries, len(entries))
+        lines = []
+        for letter, entry in zip(LETTERS, order, strict=False):
+            lines.append(f"{letter}. {mllm.quote(entry.text)} is {tag(entry.name)}")
+        orders.append(order)
+        pairs.append((photo, "\n".join(lines)))
+    answers = mllm.answer(CAPTIONING, pairs, max_tokens, "captioning")
+
+    captions = []
+    for order, answer in zip(orders, answers, strict=True):
+        row = read_answer(answer, Answer=LETTERS[: len(order)], Caption=ANY_TEXT)
+        captions.append(Caption(order, row, answer))
+    return captions
+
+
+def recognise(mllm, pairs, max_tokens):
+    """Does the photo show that very concept?   pairs [(photo, entry), ...] -> [bool or None]
+
+    None where the answer cannot be read.
+    """
+    quoted = [(photo, mllm.quote(entry.text)) for photo, entry in pairs]
+    verdicts = []
+    for answer in mllm.answer(RECOGNITION, quoted, max_tokens, "recognition"):
+        row = read_answer(answer, Answer=YES_OR_NO)
+        verdicts.append(None if row is None else row["Answer"] == "Yes")
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a photo of a concept, with two options."""
+
+    concept: str
+    photo: Photo
+    text: str  # {} stands for the concept's name
+    options: dict[str, str]  # {letter: text}
+    answer: str  # the letter of the right one
+
+
+def answer_questions(mllm, questions, entry_of, max_tokens):
+    """Is the right option chosen?   entry_of {concept name: Entry} -> [bool or None]
+
+    None where the answer cannot be read.
+    """
+    pairs = []
+    for question in questions:
+        name = tag(question.concept)
+        lines = [
+            f"{name}: {mllm.quote(entry_of[question.concept].text)}",
+            question.text.format(name),
+        ]
+        lines += [f"{letter}. {option}" for letter, option in question.options.items()]
+        pairs.append((question.photo, "\n".join(lines)))
+    answers = mllm.answer(VQA, pairs, max_tokens, "answering")
+
+    hits = []
+    for question, answer in zip(questions, answers, strict=True):
+        row = read_answer(answer, Answer=tuple(question.options))
+        hits.append(None if row is None else row["Answer"] == question.answer)
+    return hits
+
+
+# ------------------------------------------------------------------------------- the command line
+@dataclass
+class AssistantOptions:
+    """What the assistant is and how it works: the options that evaluate.py shares."""
+
+    model: str = option(
+        str(toy.FOLDER),
+        "checkpoint: a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy",
+        metavar="DIR",
+    )
+    references: int = option(
+        1, "photos described of each thing (published: MyVLM 4, PerVA 5)", least=1
+    )
+    k: int = option(3, "descriptions retrieved for a photo, at most 26", least=2)
+    embedder: str = option(
+        "",
+        "CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself",
+        metavar="CLIP",
+    )
+    seed: int = option(0, "seed of all that is drawn; in evaluate.py give that of the run")
+    max_tokens: int = option(128, "longest description or answer, in tokens", least=1)
+    max_pixels: int = option(401408, "photos are shrunk to this", toy=20736)
+
+
+@dataclass
+class Options(AssistantOptions):
+    """Every option of this script."""
+
+    photo: str = option("", "the new photo", metavar="PHOTO", positional=True)
+    photos: str = option(
+        "", "folder of your things, a photo or a folder of photos each", metavar="DIR"
+    )
+    database: str = option(
+        "", "their descriptions, in RAP's JSON, in the place of --photos", metavar="FILE"
+    )
+    adapter: str = option(
+        "", "what describes --photos: a run's adapter/, or any PEFT LoRA", metavar="DIR"
+    )
+    out: str = option("", "write the descriptions here, for --database", metavar="FILE")
+
+
+def fill_in_assistant(cls, given):
+    """run.fill_in, with what all options of the assistant have to be.   -> cls
+
+    Raises DataError where one is not.
+    """
+    options = run.fill_in(cls, given, toy.is_toy(given.get("model", toy.FOLDER)))
+    if options.k > len(LETTERS):
+        raise DataError(f"--k must be at most {len(LETTERS)}: candidates are called by letters")
+    return options
+
+
+def read_settings(argv=None):
+    """The command line.   -> Options"""
+    options = fill_in_assistant(Options, run.read_options(Options, __doc__, argv))
+    if not options.photo:
+        raise DataError("give the new photo: python assistant.py --photos my_photos/ photo.jpg")
+    if bool(options.photos) == bool(options.database):
+        raise DataError("give --photos or --database, one of them")
+    if options.adapter and options.database:
+        raise DataError("--adapter is for describing --photos; a --database is described already")
+    return options
+
+
+def adapt(mllm, adapter):
+    """Put an adapter on; "base" is none. Raises DataError for one that does not fit."""
+    if adapter != "base":
+        with one_line_errors("cannot put the adapter on", ValueError):
+            load_adapter(mllm.model, adapter)
+
+
+def read_query(path):
+    """The new photo. Raises DataError if it cannot be read."""
+    photo = Photo(f"query {path}", partial(read_photo, path))
+    with one_line_errors(f"cannot read the picture {path}", *UNREADABLE):
+        photo.load()
+    return photo
+
+
+def describe_folder(mllm, options):
+    """Describe the things in --photos, with the adapter on.   -> [Entry]"""
+    concepts = []
+    for concept in load_concepts(options.photos, least=1):
+        photos = concept.photos[: options.references]
+        concepts.append(dataclasses.replace(concept, photos=photos))
+    adapt(mllm, options.adapter or "base")
+    entries = describe(mllm, concepts, options.max_tokens)
+    remove_lora(mllm.model)
+
+    malformed = sum(entry.malformed for entry in entries)
+    if malformed:
+        print(f"{malformed} descriptions are not in the form that was asked for")
+    return entries
+
+
+def remember(mllm, options):
+    """All that the assistant knows: from --database, or from --photos.   -> [Entry]"""
+    root = ""
+    if options.database:
+        entries = read_database(options.database)
+    else:
+        entries = describe_folder(mllm, options)
+        root = find_folder(options.photos)
+
+    if options.out:
+        write_json(options.out, database(entries, root))
+    elif not options.database:
+        print(
+            "(to ask again without describing your things again: add --out things.json now, then "
+            "give --database things.json for --photos)"
+        )
+    return entries
+
+
+def show_caption(answered):
+    """Print a Caption, and the reason that the assistant gives."""
+    if answered.row is None:
+        print(
+            "\nNo caption: the model's answer is not the JSON that was asked for, and is not "
+            f"guessed at. It said: {answered.answer!r}\n"
+        )
+        return
+    reason = f"because it chose {answered.row['Answer']}"
+    if answered.row.get("Reasoning"):
+        reason += f": {answered.row['Reasoning']}"
+    print(f"\n{answered.text}\n\n{reason}")
+
+
+def show_candidates(retrieved, answered, total):
+    """Print the candidates, best first, the chosen one starred."""
+    print(
+        f"the {len(retrieved)} most similar of {total} things, by a score: half picture, half "
+        "words, each rescaled to 0 to 1 over all things"
+    )
+    for found in retrieved:
+        star = "*" if found.entry == answered.chosen else " "
+        print(
+            f"  {star}{answered.letter(found.entry)}  {found.entry.name}  {found.score:.2f} "
+            f"(as measured: picture {found.picture:.3f}, words {found.words:.3f})  "
+            f"{found.entry.text}"
+        )
+
+
+def main(argv=None):
+    options = read_settings(argv)
+    photo = read_query(options.photo)
+    mllm = MLLM(options.model, options.max_pixels)
+    embedder = Clip(options.embedder, mllm.device) if options.embedder else mllm
+
+    entries = remember(mllm, options)
+    mllm.check_words(tag(entry.name) for entry in entries)
+    [retrieved] = retrieve(embedder, [photo], entries, options.k)
+    candidates = [found.entry for found in retrieved]
+    [answered] = caption(mllm, [photo], [candidates], options.max_tokens, options.seed)
+    show_caption(answered)
+    show_candidates(retrieved, answered, len(entries))
+
+
+if __name__ == "__main__":
+    run.main(main)
