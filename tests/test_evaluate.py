@@ -1,446 +1,667 @@
-"""Evaluation: every figure against one worked out by hand, and the tasks on a small toy world."""
-import argparse
+"""The table: every figure against one worked out by hand, and the tasks on a small toy world."""
+
+import contextlib
 import dataclasses
-import functools
-import html.parser
 import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-import torch
 from PIL import Image
 
-import data
 import evaluate
-import grpo
-import reward
-import rrg
 import toy
-from conftest import ROOT
+from assistant import Entry, describe
+from data import Concept, DataError, Photo, load_concepts
+from evaluate import Choice, Judgement, Pair, Part, PhotoSplit
+from lora import add_lora, save_adapter
+from model import MLLM
+from repic import PROMPTS
+from test_assistant import know_every_word, perfect_entry
+from test_data import make_photos
+
+WORLD = toy.world  # which some tests replace
 
 
-# ----------------------------------------------------------------------------------------------------------- reading answers
-@pytest.mark.parametrize("text, read", [
-    ('{"Reasoning": "a red one", "Answer": "B"}', "B"),
-    ('  {"Reasoning": " a ", "Answer": " b "}\n', "B"),
-    ('```json\n{"Answer": "A"}\n```', "A"),
-    ("", None), ("B", None), ("The answer is B.", None),
-    ('Sure! {"Answer": "B"}', None), ('{"Answer": "B"} I am sure.', None),  # prose around it
-    ('{"Answer": "A or B"}', None), ('{"Answer": "A, B"}', None), ('{"Answer": "A", "Answer": "B"}', None), ('{"Answer": ["A"]}', None),  # two letters
-    ('{"Reasoning": "a red one", "Answer": "B', None), ('{"Reasoning": "a red one"', None),  # truncated
-    ('{"Answer": "D"}', None), ('{"Answer": ""}', None), ('{"Answer": 1}', None), ("{}", None), ("[]", None), ('[["Answer", "A"]]', None),
-    ("[" * 100_000, None), ("null", None), ('{"answer": "A"}', None), ('{"Reasoning": "x", "Letter": "A"}', None)])
-def test_answers_are_read_strictly(text, read):
-    row = evaluate.read_answer(text, Answer="ABC")
-    assert (row and row["Answer"]) == read
+# --------------------------------------------------------------------------------------- helpers
+def small_world(seed=0, size=64, concepts=4, views=3):
+    return WORLD(seed, size, concepts, views)
 
 
-def test_every_required_field_must_be_there():
-    assert evaluate.read_answer('{"Answer": "A", "Caption": "<a> sits."}', Answer="AB", Caption=None) == {"Answer": "A", "Caption": "<a> sits."}
-    assert evaluate.read_answer('{"Answer": "A", "Caption": " "}', Answer="AB", Caption=None) is None
-    assert evaluate.read_answer('{"State": "no", "Location": "YES"}', State=("Yes", "No"), Location=("Yes", "No")) == {"State": "No", "Location": "Yes"}
+def shrink_world(monkeypatch, concepts):
+    """Let the toy world have so many concepts of each category, with two photos each."""
+
+    def world(seed, size):
+        return WORLD(seed, size, concepts, views=2)
+
+    monkeypatch.setattr(toy, "world", world)
 
 
-# ------------------------------------------------------------------------------------------------------------------- figures
-def test_retrieval_is_half_picture_half_words():
-    image, text = torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([[0.0, 1.0, 0.8]])
-    best, scores = evaluate.retrieve(image, text, 2)  # (1 + 0) / 2, (0 + 1) / 2, (.5 + .8) / 2
-    assert torch.allclose(scores, torch.tensor([[0.5, 0.5, 0.65]])) and best.tolist() == [[2, 0]]  # of equals the first
+def options_of(**given):
+    return evaluate.fill_in(evaluate.Options, {"max_tokens": 64} | given)
 
 
-def test_retrieval_where_all_are_alike():
-    best, scores = evaluate.retrieve(torch.full((2, 3), 0.4), torch.full((2, 3), 0.1), 9)
-    assert best.tolist() == [[0, 1, 2]] * 2 and not scores.any()
+def all_but_first(concepts):
+    """All photos but the first of each concept."""
+    tests = []
+    for concept in concepts:
+        tests += [evaluate.Test(photo, concept.name) for photo in concept.photos[1:]]
+    return tests
+
+
+def examine(mllm, concepts, entries, **given):
+    """The figures of a toy world."""
+    tests = all_but_first(concepts)
+    questions = evaluate.toy_questions(tests, 0)
+    return evaluate.examine(mllm, mllm, entries, tests, questions, [], options_of(**given))
+
+
+def read_table(file):
+    """The rows of a table's JSON."""
+    return json.loads(file.read_text())["rows"]
+
+
+# ----------------------------------------------------------------------------------- the figures
+def judgements(*verdicts, shown, same_category):
+    return [Judgement(shown, said_yes, same_category) for said_yes in verdicts]
 
 
 def test_recognition_by_hand():
-    rows = [(True, True, True), (True, False, True), (True, None, True), (True, True, True),  # 2 of 4
-            (False, False, True), (False, True, True), (False, None, True),  # inside the category 1 of 3
-            (False, False, False), (False, False, False)]  # across 2 of 2
-    assert evaluate.recognition_scores(rows) == pytest.approx({
-        "recognition_positive": 2 / 4, "recognition_negative": 3 / 5, "recognition_weighted": 0.55,
-        "recognition_inside": (1 / 2 + 1 / 3) / 2, "recognition_across": (1 / 2 + 1) / 2})
+    rows = judgements(True, False, None, True, shown=True, same_category=True)  # 2 of 4
+    rows += judgements(False, True, None, shown=False, same_category=True)  # 1 of 3
+    rows += judgements(False, False, shown=False, same_category=False)  # 2 of 2
+    assert evaluate.recognition_scores(rows) == pytest.approx(
+        {
+            "recognition_positive": 2 / 4,
+            "recognition_negative": 3 / 5,
+            "recognition_weighted": 0.55,
+            "recognition_inside": (1 / 2 + 1 / 3) / 2,
+            "recognition_across": (1 / 2 + 1) / 2,
+        }
+    )
+
+
+def test_recognition_of_nothing_is_unknown():
     assert set(evaluate.recognition_scores([]).values()) == {None}
-    only_negatives = evaluate.recognition_scores([(False, False, True)])  # zero positives
-    assert only_negatives["recognition_negative"] == 1 and only_negatives["recognition_weighted"] is None
+    only_negatives = judgements(False, shown=False, same_category=True)
+    scores = evaluate.recognition_scores(only_negatives)
+    assert scores["recognition_negative"] == 1
+    assert scores["recognition_positive"] is None
+    assert scores["recognition_weighted"] is None
+
+
+def captioning(choices, tested=None):
+    """(precision, recall, F1) of (right name, chosen name) pairs"""
+    choices = [Choice(right, chosen) for right, chosen in choices]
+    return tuple(evaluate.captioning_scores(choices, tested).values())
 
 
 def test_captioning_by_hand():
-    # a: chosen once, rightly, of two; b: once, wrongly; c is never right, but chosen: a class of its own
-    rows = [("a", "a"), ("a", "b"), ("b", None), ("b", "c")]
-    assert evaluate.captioning_scores(rows) == pytest.approx({
-        "captioning_precision": (1 + 0 + 0) / 3, "captioning_recall": (1 / 2 + 0 + 0) / 3, "captioning_f1": (2 / 3 + 0 + 0) / 3})
-    assert evaluate.captioning_scores(rows, {"a", "b"}) == pytest.approx({  # c is a distractor of the database that no photo shows
-        "captioning_precision": (1 + 0) / 2, "captioning_recall": (1 / 2 + 0) / 2, "captioning_f1": (2 / 3 + 0) / 2})
-    assert evaluate.captioning_scores([("a", "a"), ("b", "b")])["captioning_f1"] == 1
-    assert evaluate.captioning_scores([("a", None)]) == {"captioning_precision": 0, "captioning_recall": 0, "captioning_f1": 0}
-    assert evaluate.captioning_scores([])["captioning_f1"] is None
+    # a: chosen once, rightly, of two; b: once, wrongly; c is never right, but chosen: a class
+    choices = [("a", "a"), ("a", "b"), ("b", None), ("b", "c")]
+    precision = (1 + 0 + 0) / 3
+    recall = (1 / 2 + 0 + 0) / 3
+    f1 = (2 / 3 + 0 + 0) / 3
+    assert captioning(choices) == pytest.approx((precision, recall, f1))
+
+    # c is in the database, but no photo shows it
+    precision = (1 + 0) / 2
+    recall = (1 / 2 + 0) / 2
+    f1 = (2 / 3 + 0) / 2
+    assert captioning(choices, {"a", "b"}) == pytest.approx((precision, recall, f1))
+
+    assert captioning([("a", "a"), ("b", "b")]) == (1, 1, 1)
+    assert captioning([("a", None)]) == (0, 0, 0)
+    assert captioning([]) == (None, None, None)
 
 
-def test_name_grounding_by_hand():
-    rows = [(["<bo>"], "A dog."),  # nothing
-            (["<bo>"], "This is <bo>, a dog."),  # hit
-            (["<bo>"], "(Bo) sleeps"),  # hit, if case does not count
-            (["<bo>"], "<mam> sleeps."),  # miss: another name
-            (["<bo>"], "<bo>'s nose"),  # nothing: not the word
-            (["<mam>"], "mam and bo")]  # hit: an extra name next to a hit is not punished
-    assert evaluate.name_grounding(rows) == pytest.approx({"precision": 3 / 4, "recall": 3 / 6, "f1": 0.6})
-    assert evaluate.name_grounding(rows, case_sensitive=True) == pytest.approx({"precision": 2 / 3, "recall": 2 / 6, "f1": 4 / 9})
-    pairs = [(["<A_dog>", "<G_cat>"], "A_dog meets <G_cat>!"), (["<A_dog>", "<G_cat>"], "<A_dog> is alone"), (["H", "T"], "<G_cat> and H")]
-    # 2 hits; 1 hit and nothing; 1 hit and a miss, because a cat that does not belong there is named
-    assert evaluate.name_grounding(pairs, case_sensitive=True) == pytest.approx({"precision": 4 / 5, "recall": 4 / 6, "f1": 8 / 11})
-    assert evaluate.name_grounding([]) == evaluate.name_grounding([(["a"], "")]) == {"precision": 0, "recall": 0, "f1": 0}
+# ------------------------------------------------------------------------- what is measured with
+def test_references_are_drawn_by_the_seed(tmp_path):
+    """MyVLM's protocol: 4 references, 5 seeds, the rest are tests."""
+    make_photos(tmp_path, [f"bull/IMG_{i}.jpg" for i in range(9)])
+    [concept] = load_concepts(tmp_path)
+    splits = [evaluate.split_photos(concept, 4, seed) for seed in range(5)]
+    drawn = set()
+    for split in splits:
+        assert len(split.references) == 4
+        assert len(split.tests) == 5
+        assert {*split.references, *split.tests} == set(concept.photos)
+        drawn.add(tuple(photo.name for photo in split.references))
+    assert len(drawn) == 5
+    assert splits[2] == evaluate.split_photos(concept, 4, 2)
 
 
-def test_names_become_one_word():
-    assert [evaluate.tag(name) for name in ("bo", "my blue mug", "cups/mug-1", "Ärger", "a.b (2)")] == ["<bo>", "<my_blue_mug>", "<cups_mug-1>", "<Ärger>", "<a_b_2>"]
+@pytest.mark.parametrize(
+    "train, test, loose, references, expected",
+    [
+        (0, 0, 4, 5, (3, 1)),  # DreamBooth has concepts of 4: one photo is left for the test
+        (0, 0, 2, 1, (1, 1)),
+        (0, 0, 1, 1, (1, 0)),
+        (8, 3, 0, 5, (5, 3)),  # PerVA
+        (2, 3, 0, 5, (2, 3)),  # three of its concepts have fewer
+        (0, 3, 0, 1, (1, 2)),  # RePIC's copies have tests only
+    ],
+)
+def test_references_and_tests(train, test, loose, references, expected):
+    photos = []
+    for part, count in (("train", train), ("test", test), ("", loose)):
+        photos += [Photo(f"{part}/rex/{i}.jpg", None, part=part) for i in range(count)]
+    split = evaluate.split_photos(Concept("rex", "dog", photos), references, 0)
+    assert (len(split.references), len(split.tests)) == expected
+    assert not set(split.references) & set(split.tests)
+    if train:
+        assert {photo.part for photo in split.references} == {"train"}
+        assert {photo.part for photo in split.tests} == {"test"}
 
 
-# ------------------------------------------------------------------------------------------------------------ the toy world
-OPTIONS = dict(k=3, seed=0, max_tokens=64, skip_retrieval=False, references=1, data="", adapter=[], database=[], all=False, out="")
+ITEM = {
+    "question": "What is <sks> doing?",
+    "options": {"A": "Sitting", "B": "Running"},
+    "correct_answer": "B",
+}
+RAP_ITEM = {
+    "question": "Is sks asks a {real} cat?",
+    "option": {"A": "Yes", "B": "No"},
+    "correct_answer": "A",
+}
+BO = "./yollava-data/test/bo/1.png"
+MAM = "./yollava-data/test/mam/1.png"
+GONE = "./yollava-data/test/mam/9.png"
 
 
-world = toy.world  # which some tests replace
+@pytest.fixture
+def yollava(tmp_path):
+    """A folder with photos of two concepts, each with a photo of one name in both parts."""
+    names = []
+    for part in ("train", "test"):
+        names += [f"yollava-data/{part}/{name}/1.png" for name in ("bo", "mam")]
+    return make_photos(tmp_path / "root", names)
 
 
-def small_world(seed=0, size=64, concepts=4, views=3):
-    return world(seed, size, concepts, views)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"bo": {BO: ITEM}, "mam": {MAM: RAP_ITEM, GONE: ITEM}},
+        {BO: ITEM, MAM: RAP_ITEM, GONE: ITEM},
+        [
+            ITEM | {"image": "data/test/bo/1.png"},
+            RAP_ITEM | {"image": "x/mam/1.png"},
+            ITEM | {"image": "x/mam/9.png"},
+        ],
+    ],
+)
+@pytest.mark.parametrize("place", ["", "yollava-data/", "../"])
+def test_yollava_questions(yollava, content, place):
+    (yollava / place / "yollava-visual-qa.json").write_text(json.dumps(content))
+    log = []
+    bo, mam = evaluate.load_questions(yollava, load_concepts(yollava), log.append)
+    assert (bo.concept, bo.photo.part, bo.answer) == ("bo", "test", "B")
+    assert bo.text == "What is {} doing?"
+    assert bo.options == ITEM["options"]
+    assert mam.text.format("<mam>") == "Is <mam> asks a (real) cat?"
+    assert mam.options == {"A": "Yes", "B": "No"}
+    assert log == [f"left out 1 of 3 questions: their pictures are not in {yollava}"]
 
 
-def perfect(concept):
-    photo = concept.photos[0]
-    return data.Entry(concept.name, concept.category, [photo], ". ".join(toy.sentence(photo.truth, toy.IDENTITY)))
+def test_no_questions(tmp_path):
+    assert evaluate.load_questions(tmp_path, []) == []
+    assert evaluate.load_pairs(tmp_path, []) == []
 
 
-def examine(mllm, concepts, entries, **options):
-    tests = [(photo, concept.name) for concept in concepts for photo in concept.photos[1:]]
-    return evaluate.examine(mllm, mllm, entries, tests, toy.questions(tests, 0), {}, argparse.Namespace(**OPTIONS | options))
+@pytest.mark.parametrize(
+    "content, message", [("{", "cannot read"), ('[{"image": 3}]', "is not in the form")]
+)
+def test_questions_in_another_form(tmp_path, content, message):
+    (tmp_path / "yollava-visual-qa.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        evaluate.load_questions(tmp_path, [])
+
+
+def test_rap_recognition_is_filtered_by_the_correct_answer(tmp_path):
+    names = []
+    for part in ("train", "test"):
+        names += [f"{part}/{name}/4.png" for name in ("bo", "mam")]
+    make_photos(tmp_path, names)
+    row = {
+        "image": "benchmark_data/yollava-data/test/bo/4.png",
+        "concept": "bo",
+        "type": "positive",
+        "correct_answer": True,
+    }
+    rows = [
+        row,
+        row | {"type": "negative"},
+        row | {"concept": "<mam>", "type": "negative", "correct_answer": False},
+        row | {"image": "x/test/no/1.png"},
+    ]
+    (tmp_path / "recognition_test.json").write_text(json.dumps(rows))
+    concepts = load_concepts(tmp_path)
+    [photo] = [photo for photo in concepts[0].photos if photo.part == "test"]
+    pairs = evaluate.load_pairs(tmp_path, concepts)
+    assert pairs == [Pair(photo, "bo", True), Pair(photo, "mam", False)]
+
+
+def test_toy_questions_ask_for_what_a_good_description_leaves_out():
+    tests = all_but_first(small_world())
+    questions = evaluate.toy_questions(tests, 0)
+    assert len(questions) == 3 * len(tests)
+    assert {question.answer for question in questions} == {"A", "B"}
+    for question in questions:
+        wrong = "B" if question.answer == "A" else "A"
+        [(kind, word)] = toy.claims(question.options[question.answer])
+        [(_, other)] = toy.claims(question.options[wrong])
+        assert kind in toy.VIEW
+        assert question.photo.truth[kind] == word
+        assert other != word
+    assert questions == evaluate.toy_questions(tests, 0)
+    assert questions != evaluate.toy_questions(tests, 1)
+
+
+# ------------------------------------------------------------------------- a small toy world
+@pytest.fixture(scope="module")
+def concepts():
+    return small_world(seed=5, concepts=3)
 
 
 @pytest.fixture(scope="module")
-def figures(toy_mllm):
-    concepts = small_world(seed=5, concepts=3)
-    entries = [perfect(concept) for concept in concepts]
-    wrong = [data.Entry(e.name, e.category, e.photos, entries[i - 3].text) for i, e in enumerate(entries)]  # each has another category's description
-    return examine(toy_mllm, concepts, entries), examine(toy_mllm, concepts, wrong, skip_retrieval=True)
+def right(toy_mllm, concepts):
+    """The figures with descriptions written from the truth."""
+    return examine(toy_mllm, concepts, [perfect_entry(concept) for concept in concepts])
 
 
-def test_the_toy_model_can_read_the_prompts(figures):
-    """With descriptions written from the truth it does the tasks, and with wrong ones it does not."""
-    right, wrong = figures
-    assert right["recognition_weighted"] >= 0.95 and right["captioning_f1"] >= 0.95 and right["vqa"] >= 0.95 and right["name_f1"] >= 0.95
-    assert right["unparsed"] < 0.01 and right["leakage"] == 0 and right["retrieval_ceiling"] >= 0.95
-    assert wrong["recognition_positive"] < 0.1 and wrong["captioning_recall"] < 0.6 and wrong["retrieval_ceiling"] == 1
-    assert wrong["vqa"] >= 0.9  # which is in the photo, not in the description
+def test_the_toy_model_can_read_the_prompts(right):
+    for figure in ("recognition_weighted", "captioning_f1", "vqa", "name_f1", "retrieval_ceiling"):
+        assert right[figure] >= 0.95, figure
+    assert right["unparsed"] < 0.01
+    assert right["leakage"] == 0
 
 
-def test_counts(figures):
-    right, _ = figures
-    assert right["counts"] | {"unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0} == {
-        "concepts": 30, "database": 30, "photos": 60, "pairs": 1800, "questions": 180,
-        "unparsed_captions": 0, "unparsed_recognition": 0, "unparsed_vqa": 0, "unparsed_leakage": 0, "malformed_descriptions": 0}
+def test_the_toy_model_believes_the_descriptions(toy_mllm, concepts):
+    """With descriptions of another category it fails, but for what can be seen in the photo."""
+    entries = [perfect_entry(concept) for concept in concepts]
+    wrong = []
+    for i, entry in enumerate(entries):
+        wrong.append(dataclasses.replace(entry, text=entries[i - 3].text))
+    figures = examine(toy_mllm, concepts, wrong, skip_retrieval=True)
+    assert figures["recognition_positive"] < 0.1
+    assert figures["captioning_recall"] < 0.6
+    assert figures["retrieval_ceiling"] == 1
+    assert figures["vqa"] >= 0.9
+
+
+def test_counts(right):
+    counts = dict(right["counts"])
+    for task in ("captions", "recognition", "vqa"):
+        assert counts.pop(f"unparsed_{task}") <= 2
+    assert counts == {
+        "concepts": 30,
+        "database": 30,
+        "photos": 60,
+        "pairs": 1800,
+        "questions": 180,
+        "unparsed_leakage": 0,
+        "malformed_descriptions": 0,
+    }
 
 
 @pytest.mark.slow
 def test_the_toy_model_can_read_the_prompts_in_full(toy_mllm):
     concepts = toy.world(11, 64, 12, 2)
-    right = examine(toy_mllm, concepts, [perfect(concept) for concept in concepts])
-    print(right)
-    assert right["recognition_weighted"] >= 0.95 and right["captioning_f1"] >= 0.95 and right["vqa"] >= 0.95
+    figures = examine(toy_mllm, concepts, [perfect_entry(concept) for concept in concepts])
+    print(figures)
+    for figure in ("recognition_weighted", "captioning_f1", "vqa"):
+        assert figures[figure] >= 0.95, figure
 
 
-def test_recognition_in_any_company(toy_mllm):
-    """Padding, order and chunks change nothing, and each photo is encoded once however many descriptions are put to it."""
-    concepts = small_world(seed=6, concepts=1, views=2)
-    entries = [perfect(concept) for concept in concepts]
-    entries[0] = data.Entry(entries[0].name, "mug", entries[0].photos, "A photo of a mug. The mug.")  # of another length
-    pairs = [(concept.photos[1], entry) for concept in concepts for entry in entries]
-    encoded, tower = [], toy_mllm.model.model.get_image_features
-    toy_mllm.features = {}
-    toy_mllm.model.model.get_image_features = lambda pixels, grid: (encoded.append(len(grid)), tower(pixels, grid))[1]
-    try:
-        together = evaluate.recognise(toy_mllm, pairs, 64)
-    finally:
-        del toy_mllm.model.model.get_image_features
-    assert sum(encoded) == len(concepts)
-    assert together == [evaluate.recognise(toy_mllm, [pair], 64)[0] for pair in pairs]
-    assert set(together) == {True, False}
-
-
-def test_a_bare_adapter_gives_the_row_of_base(tmp_path, monkeypatch, capsys):
-    """The whole command: the shape of the JSON, the databases beside it, and an adapter whose B is 0 is the base model."""
-    monkeypatch.setattr(toy, "world", lambda seed, size: small_world(seed, size, concepts=2, views=2))
-    mllm = rrg.MLLM(str(toy.FOLDER), 4096)
-    grpo.add_lora(mllm.model, 2, 4)
-    grpo.save_adapter(mllm.model, tmp_path / "adapter")
-    out = tmp_path / "table.json"
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--adapter", str(tmp_path / "adapter"), "--out", str(out)])
-    evaluate.main(evaluate.settings())
-    result = json.loads(out.read_text())
-    assert result["seed"] == 0 and list(result["rows"]) == ["base", str(tmp_path / "adapter")]
-    base, bare = result["rows"].values()
-    assert base == bare
-    needed = {"captioning_f1", "captioning_precision", "captioning_recall", "recognition_positive", "recognition_negative", "recognition_weighted",
-              "vqa", "leakage", "retrieval_ceiling", "unparsed"}
-    for part in ("seen", "unseen"):
-        assert needed <= base[part].keys() and all(0 <= base[part][key] <= 1 for key in needed)
-    assert (base["seen"]["counts"]["concepts"], base["seen"]["counts"]["database"], base["unseen"]["counts"]["database"]) == (2, 14, 6)
-    table = capsys.readouterr().out
-    assert table.count("| base |") == 2 and table.count("caption F1") == 2 and "1 right" not in table
-    remembered = json.loads((tmp_path / "table-base-database.json").read_text())
-    assert len(remembered["concept_dict"]) == 20 and remembered["path_to_concept"]["mug-1/1"] == "<mug-1>"
-    assert remembered["concept_dict"]["<mug-1>"]["info"].startswith("A photo of a")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--database", str(tmp_path / "table-base-database.json"), "--out", str(out)])
-    evaluate.main(evaluate.settings())  # descriptions that were written down are worth the same
-    again = json.loads(out.read_text())["rows"]
-    assert again["base"] == base and list(again.values())[1] == base
-
-
-def test_grounding_gives_the_references_it_says(toy_mllm, monkeypatch):
-    """Right, retrieved and wrong references, by a caption writer that uses every name it is given."""
-    concepts = toy.world(7, concepts=3, views=3)
-    split = {concept.name: (concept.photos[:1], concept.photos[1:]) for concept in concepts}
+def test_a_benchmarks_own_pairs_count_where_they_are_about_the_tests(toy_mllm, monkeypatch):
+    concepts = small_world(concepts=2, views=2)[:4]
+    entries = [perfect_entry(concept) for concept in concepts]
+    tests = all_but_first(concepts[:2])
+    first, second = [test.photo for test in tests]
+    pairs = [
+        Pair(first, concepts[0].name, True),
+        Pair(second, concepts[2].name, False),
+        Pair(concepts[3].photos[1], concepts[3].name, True),  # this photo is no test
+        Pair(first, "somebody", False),  # this one is not in the database
+    ]
     asked = []
 
-    def parrot(prompts, most, progress):
-        asked.extend(prompts)
-        return [" ".join(re.findall(r"<[\w-]+>", text)) for _, text in prompts]
+    def recognise(mllm, pairs, max_tokens):
+        asked.extend(pairs)
+        return [True, None]
 
-    monkeypatch.setattr(toy_mllm, "tell", parrot)
-    row = evaluate.grounding(toy_mllm, toy_mllm, concepts, concepts[:10], split, argparse.Namespace(**OPTIONS))
-    for many in (1, 2, 4):
-        assert row[f"names_{many}_right_f1"] == row[f"names_{many}_wrong_f1"] == 1  # a parrot is perfect with right ones, and falls for wrong ones
-        assert 0 < row[f"names_{many}_retrieved_f1"] <= 1
-    owner = {photo.name: concept.name for concept in concepts for photo in concept.photos}
-    per_kind = [asked[i:i + evaluate.SCENES] for i in range(0, len(asked), evaluate.SCENES)]
-    assert len(per_kind) == 9
-    for (many, how), prompts in zip([(m, h) for m in (1, 2, 4) for h in ("right", "retrieved", "wrong")], per_kind):
-        for photos, text in prompts:
-            *references, query = photos
-            shown = {owner[part.split(" at ")[0]] for part in query.name.split("; ")}
-            assert len(shown) == many and all(photo in split[owner[photo.name]][0] for photo in references)
-            named = re.findall(r"<([\w-]+)>", text)
-            assert named == [owner[photo.name] for photo in references]  # each name stands for its picture, in order
-            if how != "retrieved":
-                assert len(named) == many and (set(named) == shown if how == "right" else not set(named) & shown)
-    assert {text.split(": ")[1].split(".\n")[1] for _, text in asked} == {after.split(".\n")[1] for _, after in reward.REPIC["ict"]}
+    monkeypatch.setattr(evaluate, "recognise", recognise)
+    found = evaluate.judge(toy_mllm, entries, tests, pairs, 64)
+    assert asked == [(first, entries[0]), (second, entries[2])]
+    same = concepts[1].category == concepts[2].category
+    assert found == [Judgement(True, True, True), Judgement(False, None, same)]
+
+
+def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
+    """An untrained model babbles: what it says is remembered as it stands, its answers are
+    unparsed, and nothing is guessed."""
+    concepts = small_world(concepts=1, views=2)
+    references = []
+    for concept in concepts:
+        references.append(dataclasses.replace(concept, photos=concept.photos[:1]))
+    entries = describe(random_mllm, references, 8)
+    assert all(entry.malformed for entry in entries)
+    assert not any("<coarse>" in entry.text for entry in entries)
+
+    figures = examine(random_mllm, concepts, entries, max_tokens=4)
+    assert figures["counts"]["malformed_descriptions"] == len(concepts)
+    assert figures["unparsed"] == 1
+    for figure in ("captioning_f1", "recognition_weighted", "vqa"):
+        assert figures[figure] == 0
+
+
+def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
+    photo = Photo("real", Image.new("RGB", (64, 64)).copy)
+    entries = []
+    for name, text in (("a", "A mug on grass."), ("b", "A mug."), ("c", "A mug?")):
+        entries.append(Entry(name, "cup", [photo], text))
+    asked = []
+
+    def greedy(prompts, max_tokens, progress):
+        asked.extend(prompts)
+        return [
+            '{"State": "No", "Location": "Yes"}',
+            '{"State": "No", "Location": "No"}',
+            "Well.",
+        ]
+
+    monkeypatch.setattr(toy_mllm, "greedy", greedy)
+    assert evaluate.leakage(toy_mllm, entries, 32) == evaluate.Leakage(share=0.5, unparsed=1)
+    assert [prompt.photos for prompt in asked] == [[], [], []]
+    assert '"A mug on grass."\nDoes it mention' in asked[0].text
+
+
+# ------------------------------------------------------------------------------ names in captions
+class Parrot:
+    """A caption writer that says every name it is given, and remembers what it was asked."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def greedy(self, prompts, max_tokens, progress):
+        self.prompts += prompts
+        return [" ".join(re.findall(r"<[\w-]+>", prompt.text)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def parroted(toy_mllm):
+    """What a parrot scores, and what it was asked.   -> (figures, concepts, [Prompt])"""
+    concepts = small_world(seed=7, concepts=3)
+    splits = {}
+    for concept in concepts:
+        splits[concept.name] = PhotoSplit(concept.photos[:1], concept.photos[1:])
+    part = Part(known=concepts, tested=concepts[:10])
+    parrot = Parrot()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_mllm, "greedy", parrot.greedy)
+        figures = evaluate.grounding(toy_mllm, toy_mllm, part, splits, options_of())
+    return figures, concepts, parrot.prompts
+
+
+def test_a_parrot_is_perfect_with_right_references_and_falls_for_wrong_ones(parroted):
+    figures, _, _ = parroted
+    for count in (1, 2, 4):
+        assert figures[f"names_{count}_right_f1"] == 1
+        assert figures[f"names_{count}_wrong_f1"] == 1
+        assert 0 < figures[f"names_{count}_retrieved_f1"] <= 1
+
+
+def test_grounding_gives_the_references_it_says(parroted):
+    _, concepts, prompts = parroted
+    owner = {}  # {photo name: concept name}
+    for concept in concepts:
+        owner.update(dict.fromkeys([photo.name for photo in concept.photos], concept.name))
+    first_photos = [concept.photos[0] for concept in concepts]
+
+    kinds = []  # (concepts in the picture, how references are chosen), in the order of prompts
+    for count in (1, 2, 4):
+        kinds += [(count, how) for how in ("right", "retrieved", "wrong")]
+    assert len(prompts) == len(kinds) * evaluate.SCENES
+    for number, prompt in enumerate(prompts):
+        count, how = kinds[number // evaluate.SCENES]
+        *references, picture = prompt.photos
+        shown = {owner[part.split(" at ")[0]] for part in picture.name.split("; ")}
+        assert len(shown) == count
+        assert all(photo in first_photos for photo in references)
+
+        named = re.findall(r"<([\w-]+)>", prompt.text)
+        assert named == [owner[photo.name] for photo in references]  # in order
+        if how == "right":
+            assert len(named) == count
+            assert set(named) == shown
+        if how == "wrong":
+            assert len(named) == count
+            assert not set(named) & shown
+
+
+def test_grounding_asks_in_every_wording(parroted):
+    _, _, prompts = parroted
+    asked = {prompt.text.split(".\n")[1] for prompt in prompts}
+    assert asked == {template.split(".\n")[1] for template in PROMPTS["ict"]}
+
+
+def no_figures(*arguments):
+    """Stands for `examine` where only --grounding is of interest."""
+    counts = dict.fromkeys(("photos", "concepts", "database", "pairs", "questions"), 0)
+    return dict.fromkeys(evaluate.COLUMNS, 0.0) | {"counts": counts}
 
 
 def test_grounding_is_a_second_table(random_folder, tmp_path, monkeypatch, capsys):
-    """The whole command with an untrained model: figures where there are enough concepts, none where there are not."""
-    monkeypatch.setattr(toy, "world", lambda seed, size: small_world(seed, size, concepts=2, views=2))
+    """The whole command with an untrained model: figures where there are enough concepts, none
+    where there are not."""
+    shrink_world(monkeypatch, concepts=2)
     monkeypatch.setattr(evaluate, "SCENES", 2)
-    monkeypatch.setattr(evaluate, "examine", lambda *rest: {key: 0.0 for key in evaluate.COLUMNS} | {"counts": dict.fromkeys(
-        ("photos", "concepts", "database", "pairs", "questions"), 0)})
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(random_folder), "--grounding", "--max-tokens", "6", "--out", str(tmp_path / "t.json")])
-    evaluate.main(evaluate.settings())
-    row = json.loads((tmp_path / "t.json").read_text())["rows"]["base"]
-    assert row["seen"]["names_1_right_f1"] == row["unseen"]["names_2_wrong_f1"] == 0 and row["seen"]["names_4_right_f1"] is None  # two held-out concepts
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    out = tmp_path / "t.json"
+    command = ["--model", str(random_folder), "--grounding", "--max-tokens", "6"]
+    evaluate.main([*command, "--out", str(out)])
+    row = read_table(out)["base"]
+    assert row["seen"]["names_1_right_f1"] == 0
+    assert row["unseen"]["names_2_wrong_f1"] == 0
+    assert row["seen"]["names_4_right_f1"] is None  # there are two held-out concepts
     assert capsys.readouterr().out.count("| 1 name, right |") == 2
+
+
+# -------------------------------------------------------------------------------------- the table
+@pytest.fixture(scope="module")
+def base_table(tmp_path_factory):
+    """The table of a small world with an adapter whose B is 0.   -> its folder
+
+    The folder holds adapter/, table.json, and in printed.txt what was printed.
+    """
+    folder = tmp_path_factory.mktemp("table")
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    add_lora(mllm.model, 2, 4)
+    save_adapter(mllm.model, folder / "adapter")
+    command = ["--adapter", str(folder / "adapter"), "--out", str(folder / "table.json")]
+    with pytest.MonkeyPatch.context() as patch, open(folder / "printed.txt", "w") as file:
+        shrink_world(patch, concepts=2)
+        with contextlib.redirect_stdout(file):
+            evaluate.main(command)
+    return folder
+
+
+def test_a_bare_adapter_gives_the_row_of_base(base_table):
+    content = json.loads((base_table / "table.json").read_text())
+    assert list(content) == ["seed", "command", "device", "rows"]
+    assert content["seed"] == 0
+    base, bare = content["rows"].values()
+    assert list(content["rows"]) == ["base", str(base_table / "adapter")]
+    assert base == bare
+
+
+def test_the_json_of_a_table(base_table):
+    base = read_table(base_table / "table.json")["base"]
+    figures = {
+        *("captioning_f1", "captioning_precision", "captioning_recall"),
+        *("recognition_positive", "recognition_negative", "recognition_weighted"),
+        *("vqa", "leakage", "retrieval_ceiling", "unparsed"),
+    }
+    for part in ("seen", "unseen"):
+        for figure in figures:
+            assert 0 <= base[part][figure] <= 1
+    assert base["seen"]["counts"]["concepts"] == 2
+    assert base["seen"]["counts"]["database"] == 14
+    assert base["unseen"]["counts"]["database"] == 6
+
+
+def test_a_table_is_printed_as_markdown(base_table):
+    printed = (base_table / "printed.txt").read_text()
+    assert "evaluating base" in printed
+    assert printed.count("| base |") == 2
+    assert printed.count("|  | caption F1 | precision |") == 2
+    assert printed.count("\nseen categories: 2 test photos of 2 concepts") == 1
+    assert "1 right" not in printed
+
+
+def test_descriptions_that_were_written_down_are_worth_the_same(base_table, tmp_path, monkeypatch):
+    database = base_table / "table-base-database.json"
+    remembered = json.loads(database.read_text())
+    assert len(remembered["concept_dict"]) == 20
+    assert remembered["path_to_concept"]["mug-1/1"] == "<mug-1>"
+    assert remembered["concept_dict"]["<mug-1>"]["info"].startswith("A photo of a")
+
+    shrink_world(monkeypatch, concepts=2)
+    out = tmp_path / "again.json"
+    evaluate.main(["--database", str(database), "--out", str(out)])
+    rows = read_table(out)
+    assert list(rows) == ["base", str(database)]
+    base = read_table(base_table / "table.json")["base"]
+    assert rows["base"] == rows[str(database)] == base
+
+
+def test_a_database_must_describe_every_concept(tmp_path):
+    (tmp_path / "x.json").write_text('{"concept_dict": {"<bo>": {"info": "A dog."}}}')
+    concepts = small_world(concepts=1)
+    with pytest.raises(DataError, match="describes 1 concepts, but not 10 of the 10 here"):
+        evaluate.database_row(str(tmp_path / "x.json"), concepts)
 
 
 @pytest.mark.parametrize("where", ["p", "copies"])
 def test_what_a_database_was_written_from_is_no_test(where, random_folder, tmp_path, monkeypatch):
-    """Photos that a database of descriptions names are left out of the tests, whichever of them this table's own references are; so are
-    copies, which a database often keeps of its own."""
+    """Photos that a database of descriptions names are left out of the tests, whichever of them
+    this table's own references are; so are copies, which a database often keeps of its own."""
+    entries = {}
     for concept in small_world(concepts=2, views=3)[:6]:
+        folder = tmp_path / "p" / concept.name
+        folder.mkdir(parents=True)
         for number, photo in enumerate(concept.photos):
-            (tmp_path / "p" / concept.name).mkdir(parents=True, exist_ok=True)
-            photo.open().save(tmp_path / "p" / concept.name / f"{number}.png")
-    names = sorted(folder.name for folder in (tmp_path / "p").iterdir())
-    entries = {f"<{name}>": {"name": name, "image": [f"elsewhere/p/{name}/{number}.png" for number in (0, 1)], "info": "red mug"} for name in names}
+            photo.load().save(folder / f"{number}.png")
+        images = [f"elsewhere/p/{concept.name}/{number}.png" for number in (0, 1)]
+        entries[f"<{concept.name}>"] = {"name": concept.name, "image": images, "info": "red mug"}
     shutil.copytree(tmp_path / "p", tmp_path / "copies/p")
-    folder = tmp_path / where
-    (folder / "database.json").write_text(json.dumps({"concept_dict": entries}))
-    asked = []
-    monkeypatch.setattr(evaluate, "examine", lambda mllm, embedder, entries, tests, *rest: (asked.extend(tests), {"counts": {}})[1])
-    mllm = rrg.MLLM(str(random_folder), 4096)
-    options = evaluate.settings(["--model", str(random_folder), "--data", str(tmp_path / "p"), "--all", "--max-tokens", "4",
-                                 "--database", str(folder / "database.json")])
-    monkeypatch.setattr(mllm, "check", lambda texts: None)  # the toy's tokenizer does not know these names
+    database = tmp_path / where / "database.json"
+    database.write_text(json.dumps({"concept_dict": entries}))
+
+    tested = set()
+
+    def examine(mllm, embedder, entries, tests, *rest):
+        tested.update(pathlib.Path(test.photo.name).name for test in tests)
+        return {"counts": {}}
+
+    monkeypatch.setattr(evaluate, "examine", examine)
+    mllm = MLLM(str(random_folder), 4096)
+    monkeypatch.setattr(MLLM, "check_words", know_every_word)
+    options = options_of(
+        model=str(random_folder),
+        data=str(tmp_path / "p"),
+        all=True,
+        max_tokens=4,
+        database=[str(database)],
+    )
     evaluate.table(mllm, mllm, options, ["base"])
-    assert asked and {pathlib.Path(photo.name).name for photo, _ in asked} == {"2.png"}
+    assert tested == {"2.png"}
 
 
-def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
-    """An untrained model babbles: what it says is remembered as it stands, its answers are unparsed, and nothing is guessed."""
-    concepts = small_world(concepts=1, views=2)
-    entries = evaluate.describe(random_mllm, [dataclasses.replace(concept, photos=concept.photos[:1]) for concept in concepts], 8)
-    assert all(entry.malformed for entry in entries) and not any("<coarse>" in entry.text for entry in entries)
-    row = examine(random_mllm, concepts, entries, max_tokens=4)
-    assert row["counts"]["malformed_descriptions"] == len(concepts)
-    assert row["unparsed"] == 1 and row["captioning_f1"] == row["recognition_weighted"] == row["vqa"] == 0
-
-
-def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
-    photo = data.Photo("real", lambda: Image.new("RGB", (64, 64)))
-    entries = [data.Entry(name, "cup", [photo], text) for name, text in (("a", "A mug on grass."), ("b", "A mug."), ("c", "A mug?"))]
-    verdicts = iter(['{"State": "No", "Location": "Yes"}', '{"State": "No", "Location": "No"}', "Well."])
-    prompts = []
-    monkeypatch.setattr(toy_mllm, "tell", lambda asked, most, progress: (prompts.extend(asked), list(verdicts))[1])
-    assert evaluate.leakage(toy_mllm, entries, 32) == (0.5, 1)
-    assert [photos for photos, _ in prompts] == [[], [], []] and "A mug on grass." in prompts[0][1]
-
-
-def test_text_alone_can_be_read(toy_mllm):
-    prefix = toy_mllm.prefill(["<|im_start|>user yes<|im_end|>", "<|im_start|>user A photo of a red mug<|im_end|>"], [[], []])
-    ids = torch.tensor([toy_mllm.encode("<|im_start|>user yes<|im_end|>")])
-    plain = toy_mllm.model.model(input_ids=ids).last_hidden_state[:, -1]
-    assert torch.allclose(prefix.last[:1], plain, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------ ask about one picture
-@pytest.fixture
-def things(tmp_path):
-    """A folder of four named toys, two as folders and two as single photos, and a new photo of one of them."""
-    for i, concept in enumerate(toy.world(4, 64, 1, 2)[:4]):
-        inside = i < 2
-        path = tmp_path / "things" / (f"{concept.name}/1.png" if inside else f"{concept.name}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        concept.photos[0].open().save(path)
-        if i == 1:
-            concept.photos[1].open().save(tmp_path / "new.png")
-            name = concept.name
-    return tmp_path, name
-
-
-def test_asking_about_one_picture(things, monkeypatch, capsys):
-    folder, name = things
-    command = ["evaluate.py", "--photos", str(folder / "things"), "--query", str(folder / "new.png"), "--out", str(folder / "db.json")]
-    monkeypatch.setattr(sys, "argv", command)
-    evaluate.main(evaluate.settings())
-    said = capsys.readouterr().out
-    assert f"<{name}> is" in said and "because it chose" in said and "of 4 things" in said
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--database", str(folder / "db.json"), "--query", str(folder / "new.png")])
-    evaluate.main(evaluate.settings())
-    assert capsys.readouterr().out.split("because")[1] == said.split("because")[1]
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--query", "x.png"], "go together"), (["--photos", "things"], "go together"), (["--k", "1"], "--k from 2"), (["--references", "0"], "at least 1"),
-    (["--query", "x", "--photos", "y", "--adapter", "a", "--adapter", "b"], "one --adapter")])
-def test_a_command_that_makes_no_sense(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.settings(arguments)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--query", "nowhere.png", "--photos", "things"], "cannot read the picture"), (["--adapter", "nowhere"], "is not an adapter folder"),
-    (["--database", "nowhere.json"], "cannot read"), (["--data", "nowhere"], "is not a folder")])
-def test_errors_are_one_line(arguments, message, monkeypatch):
-    monkeypatch.setattr(toy, "world", lambda seed, size: small_world(seed, size, concepts=1, views=2))
-    with pytest.raises(data.DataError, match=message):
-        evaluate.main(evaluate.settings(arguments))
-
-
-def test_a_trained_runs_held_out_concepts_are_minded(tmp_path, capsys):
+def test_an_adapter_that_met_other_concepts_is_noted(tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    evaluate.warn_of_other_split(adapter, options_of())
     (tmp_path / "config.json").write_text('{"model_type": "some model\'s own"}')
-    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
+    evaluate.warn_of_other_split(adapter, options_of())
     (tmp_path / "config.json").write_text('{"settings": {"seed": 3, "data": ""}}')
-    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=3, data=""))
+    evaluate.warn_of_other_split(adapter, options_of(seed=3))
     assert not capsys.readouterr().out
-    evaluate.warn_of_other_split(tmp_path / "adapter", argparse.Namespace(seed=0, data=""))
-    assert "may have met" in capsys.readouterr().out
+
+    evaluate.warn_of_other_split(adapter, options_of())
+    assert "--seed 3 --data (the toy world), so it may have met" in capsys.readouterr().out
 
 
-def test_toy_questions_ask_for_what_a_good_description_leaves_out():
-    tests = [(photo, concept.name) for concept in small_world() for photo in concept.photos]
-    questions = toy.questions(tests, 0)
-    assert len(questions) == 3 * len(tests) and {q.answer for q in questions} == {"A", "B"}
-    for q in questions:
-        (kind, word), = toy.claims(q.options[q.answer])
-        assert q.photo.truth[kind] == word and kind in toy.VIEW
-        (_, other), = toy.claims(q.options["AB".replace(q.answer, "")])
-        assert other != word
-    assert questions == toy.questions(tests, 0) != toy.questions(tests, 1)
+# ------------------------------------------------------------------------------ the command line
+def test_options_are_read(tmp_path):
+    options = evaluate.read_settings(
+        ["--adapter", "a", "--adapter", "b", "--database", "c", "--all", "--skip-retrieval"]
+    )
+    assert options.adapter == ["a", "b"]
+    assert options.database == ["c"]
+    assert options.all
+    assert options.skip_retrieval
+    assert not options.grounding
+    assert options.max_pixels == 20736
+    assert evaluate.read_settings(["--model", str(tmp_path)]).max_pixels == 401408
 
 
-def test_nothing_imports_evaluate():
-    assert not [path.name for path in ROOT.glob("*.py") if "import evaluate" in path.read_text()]
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--k", "1"], "--k must be at least 2"),
+        (["--k", "27"], "--k must be at most 26"),
+        (["--references", "0"], "--references must be at least 1"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+    ],
+)
+def test_a_command_that_makes_no_sense(arguments, message):
+    with pytest.raises(DataError, match=message):
+        evaluate.read_settings(arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------- a run as a page
-class Reader(html.parser.HTMLParser):
-    """Reads a page as a strict person would: tags that are open, and all tags with their attributes."""
-    open, tags, text = (), (), ""
-
-    def handle_starttag(self, tag, attributes):
-        self.tags += ((tag, dict(attributes)),)
-        self.open += (tag,) if tag not in ("meta", "img", "br", "path", "polyline") else ()
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags += ((tag, dict(attributes)),)
-
-    def handle_endtag(self, tag):
-        assert self.open[-1] == tag, f"</{tag}> within <{self.open[-1]}>"
-        self.open = self.open[:-1]
-
-    def handle_data(self, data):
-        self.text += data
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--adapter", "nowhere"], "is not an adapter folder"),
+        (["--database", "nowhere.json"], "cannot read"),
+        (["--data", "nowhere"], "is not a folder"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, monkeypatch):
+    shrink_world(monkeypatch, concepts=1)
+    with pytest.raises(DataError, match=message):
+        evaluate.main(arguments)
 
 
-@pytest.fixture(scope="module", params=["rrg", "repic", "sft"])
-def page(request, tmp_path_factory):
-    """The page of a short run of each method, made by the command itself."""
-    out = tmp_path_factory.mktemp("page") / f"a run {'of_a_long_name' * 8}"  # which is in the command that the page shows
-    small = ["--steps", "2", "--games", "2", "--eval-games", "7", *([] if request.param == "sft" else ["--samples", "3"])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
-        arguments = ["--method", request.param, "--out", str(out), *small]
-        patch.setattr("sys.argv", ["rrg.py", *arguments])
-        rrg.train(*rrg.settings(arguments))
-        evaluate.main(evaluate.settings(["--report", str(out), "--max-tokens", "8"]))
-    return request.param, out / "report.html"
+# ------------------------------------------------------------------- photos of several concepts
+def test_pictures_of_two_concepts_in_folders(tmp_path):
+    folder = "query-image-2-concepts/Bull_dog_and_Baby_Q"
+    make_photos(tmp_path, [f"{folder}/Bull_dog_and_Baby_Q_{i}.jpg" for i in (10, 9)])
+    queries = evaluate.load_queries(tmp_path / "query-image-2-concepts")
+    assert [query.photo.name.split("_")[-1] for query in queries] == ["9.jpg", "10.jpg"]
+    assert all(query.names == ["Bull_dog", "Baby_Q"] for query in queries)
+    assert queries[0].photo.load().size == (12, 8)
 
 
-def test_the_page_of_a_run_is_whole_and_needs_nothing_else(page):
-    method, file = page
-    reader, text = Reader(), file.read_text()
-    reader.feed(text)
-    assert set(reader.open) <= {"html"} and reader.tags[0][0] == "html" and reader.tags[0][1]["lang"] == "en"
-    links = [attributes.get("src", "") + attributes.get("href", "") for _, attributes in reader.tags]
-    assert not [link for link in links if link and not link.startswith(("data:image/jpeg;base64,", "#"))] and "http" not in text
-    assert all(attributes["alt"] for tag, attributes in reader.tags if tag == "img")
-    assert all(attributes["aria-label"] for tag, attributes in reader.tags if tag == "svg")
-    assert ("viewport" in text and "color-scheme:light dark" in text) and all(f'id="{part}"' in text for part in ("Results", "Curves", "Games"))
-    curves = {"rrg": {"reward", "listener accuracy", "kl", "leakage", "nll"}, "sft": {"nll"}}.get(method, {"reward", "kl", "nll"})
-    assert curves <= {attributes["aria-label"].split(":")[0] for tag, attributes in reader.tags if tag == "svg"}
-    assert json.loads((file.parent / "table.json").read_text())["rows"].keys() == {"base", str(file.parent / "adapter")}
-    assert ("before" in reader.text and "after" in reader.text) and "caption F1" in reader.text and "Held out from training" in reader.text
-    if method == "rrg":
-        marked = [text.split("<")[0] for text in text.split("<mark>")[1:]]
-        assert marked and all(toy.leaks(word) for word in marked) and reader.text.count("target, what the speaker sees") == 6
-        assert reader.text.count("% yes") + 3 * reader.text.count("not parsed") >= 6 * 3 * 2 and "advantage" in reader.text
+def test_pictures_of_several_concepts_in_repics_json(tmp_path):
+    """Its paths begin at another folder than the file's."""
+    bulls = ["data/myvlm_data/bull/bull_1.jpg", "data/myvlm_data/bull/bull_2.jpg"]
+    make_photos(tmp_path, [*bulls, "data/group photo_1.jpg"])
+    [concept] = load_concepts(tmp_path / "data/myvlm_data")
+    assert [photo.name for photo in concept.photos] == ["bull/bull_1.jpg", "bull/bull_2.jpg"]
 
+    (tmp_path / "data/query_tot").mkdir()
+    file = tmp_path / "data/query_tot/myvlm_query_templates.json"
+    content = {
+        "./data/myvlm_data/bull/bull_1.jpg": ["<bull>"],
+        "data/group photo_1.jpg": [["a", "b c"], ["<d>", "e"]],
+    }
+    file.write_text(json.dumps(content))
+    queries = evaluate.load_queries(file)
+    assert [query.names for query in queries] == [["bull"], ["a", "b c"], ["d", "e"]]
+    assert queries[2].photo.load().size == (12, 8)
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page_without_scrolling_sideways(page, width, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium is installed")
-    probe = tmp_path / "probe.html"  # a headless window is at least 500 pixels wide, a frame is as wide as it is told to be
-    script = "let d=f.contentDocument;document.title=[d.documentElement.scrollWidth,d.querySelectorAll('h2').length,[...d.images].every(i=>i.naturalWidth)].join()"
-    quoted = page[1].read_text().replace("&", "&amp;").replace('"', "&quot;")
-    probe.write_text(f'<iframe id="f" width="{width}" height="3000" srcdoc="{quoted}" onload="{script}"></iframe>')
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
-    sideways, sections, pictures = re.search(r"<title>(.*?)</title>", done.stdout)[1].split(",")
-    assert int(sideways) <= width and int(sections) >= 3 and pictures == "true"
-
-
-@pytest.mark.parametrize("page", ["rrg"], indirect=True)
-def test_a_report_beside_a_table_of_another_seed_shows_the_runs_own_photos(page, monkeypatch):
-    monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=5, views=2))
-    before = re.findall(r"data:image/jpeg;base64,[^\"]+", page[1].read_text())
-    evaluate.main(evaluate.settings(["--report", str(page[1].parent), "--max-tokens", "8", "--seed", "1"]))
-    assert before and re.findall(r"data:image/jpeg;base64,[^\"]+", page[1].read_text()) == before
-    assert json.loads((page[1].parent / "table.json").read_text())["seed"] == 1
-
-
-def test_a_report_wants_a_finished_run(tmp_path):
-    with pytest.raises(data.DataError, match="holds no finished run; to finish one: python rrg.py --out .* --resume"):
-        evaluate.settings(["--report", str(tmp_path)])
+    file.write_text('{"gone.jpg": ["a"]}')
+    with pytest.raises(DataError, match="gone.jpg, which is not there"):
+        evaluate.load_queries(file)
