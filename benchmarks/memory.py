@@ -1,79 +1,186 @@
-"""memory.py: what a training step of the full-size model keeps in GPU memory, counted on any machine without its weights.
+"""memory.py: what a training step of the full-size model keeps in GPU memory, counted on any
+machine and without its weights.
 
-    python benchmarks/memory.py                       # Qwen2-VL-2B: 512 image tokens, answers of 128 tokens, G = 8
-    python benchmarks/memory.py --layers 28 --width 3584 --inner 18944 --heads 28 --kv-heads 4 --vocabulary 152064     # 7B
+    python benchmarks/memory.py       # Qwen2-VL-2B: 512 image tokens, answers of 128 tokens, G = 8
+    python benchmarks/memory.py --layers 28 --width 3584 --inner 18944 \\
+        --heads 28 --kv-heads 4 --vocabulary 152064                       # 7B
 
-The model is built on PyTorch's meta device, where tensors have shapes and no content. A prompt is read and continued by its G answers as
-rrg.MLLM.score does it, and everything that autograd keeps for the backward pass is added up. What this leaves out: CUDA's own share (about
-half a GB), fragmentation, and buffers that live for a moment; so allow a few GB more.
+The model is built on PyTorch's meta device, where tensors have shapes and no content. A prompt is
+read and continued by its G answers as MLLM.score does it, and everything that autograd keeps for
+the backward pass is added up. What this leaves out: CUDA's own share (about half a GB),
+fragmentation, and buffers that live for a moment; so allow a few GB more.
+
+Shapes: B games, N = B*G answers, P prompt tokens, C tokens of an answer, V vocabulary, D width.
 """
-import argparse
+
 import pathlib
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import grpo  # noqa: E402
-import rrg  # noqa: E402
+
+import run  # noqa: E402
+from grpo import token_logps  # noqa: E402
+from lora import add_lora  # noqa: E402
+from model import LOGITS, Prefix  # noqa: E402
+from run import option  # noqa: E402
+
+META = torch.device("meta")
+PROMPT_WORDS = 128  # tokens of a prompt, about, besides those of the image
 
 
-def new_model(args):
+@dataclass
+class Sizes:
+    """How large everything is; each is an option of the command line."""
+
+    layers: int = option(28, "decoder layers")
+    width: int = option(1536, "D")
+    inner: int = option(8960, "width inside the MLP")
+    heads: int = option(12, "attention heads")
+    kv_heads: int = option(2, "heads of keys and values")
+    vocabulary: int = option(151936, "V")
+    rank: int = option(64, "rank of the adapters")
+    samples: int = option(8, "G")
+    image_tokens: int = option(512, "image tokens of a photo")
+    max_tokens: int = option(128, "C, tokens of an answer")
+
+
+def new_model(sizes):
     """A Qwen2-VL of these sizes in bf16 with adapters, without content."""
-    ends = dict(bos_token_id=151643, eos_token_id=151645)
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = dict(hidden_size=args.width, intermediate_size=args.inner, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-                num_key_value_heads=args.kv_heads, vocab_size=args.vocabulary, rope_parameters=rope, tie_word_embeddings=args.width < 2048, **ends)
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=dict(hidden_size=args.width),
-                                                              tie_word_embeddings=args.width < 2048, **ends)).bfloat16()
-    grpo.add_lora(model, args.rank, 2 * args.rank)
+    ends = {"bos_token_id": 151643, "eos_token_id": 151645}
+    tied = sizes.width < 2048  # the small models have one matrix for embeddings and lm_head
+    text_config = {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocabulary,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
+        "tie_word_embeddings": tied,
+        **ends,
+    }
+    config = Qwen2VLConfig(
+        text_config=text_config,
+        vision_config={"hidden_size": sizes.width},
+        tie_word_embeddings=tied,
+        **ends,
+    )
+    with META:
+        model = Qwen2VLForConditionalGeneration(config).bfloat16()
+    add_lora(model, sizes.rank, 2 * sizes.rank)
     return model
 
 
-def kept(model, args, games):
-    """Bytes that autograd keeps of `games` prompts and their G answers, as rrg.MLLM.score runs them; weights not counted."""
-    weights, held = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+class KeptTensors:
+    """Counts what autograd keeps for the backward pass; the model's weights are left out."""
 
-    def pack(tensor):
+    def __init__(self, model):
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        # {address of a storage: storage}, held fast so that no two have the same address. (A
+        # storage on the meta device has no data, so the address of the object is its identity.)
+        self.storages = {}
+
+    def pack(self, tensor):
+        """Called by autograd with each tensor that it keeps."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            held[storage._cdata] = storage  # held fast, so that no two have the same address
+        if storage._cdata not in self.weights:
+            self.storages[storage._cdata] = storage
         return tensor
 
-    decoder, rows, prompt = model.model.language_model, games * args.samples, args.image_tokens + 128  # the prompt's words: about 128 tokens
-    new = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        cache = DynamicCache()
-        out = decoder(inputs_embeds=new(games, prompt, args.width), position_ids=new(3, games, prompt, dtype=torch.long), past_key_values=cache, use_cache=True)
-        index = torch.arange(games, device="meta").repeat_interleave(args.samples)
-        prefix = rrg.Prefix(cache, None, None, out.last_hidden_state[:, -1])
-        wide = DynamicCache()
-        for i, layer in enumerate(prefix.cache.layers):
-            wide.update(layer.keys[index], layer.values[index], i)
-        hidden = decoder(inputs_embeds=new(rows, args.max_tokens, args.width), position_ids=new(3, rows, args.max_tokens, dtype=torch.long),
-                         past_key_values=wide, use_cache=True).last_hidden_state
-        logps = lambda h, i: grpo.token_logps(model.lm_head(h), i)
-        checkpoint(logps, hidden.flatten(0, 1), new(rows * args.max_tokens, dtype=torch.long), use_reentrant=False)
-    return sum(storage.nbytes() for storage in held.values())
+    def unpack(self, tensor):
+        return tensor
+
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def new_embeddings(rows, tokens, width):
+    """-> bf16 [rows, tokens, width] without content"""
+    return torch.zeros(rows, tokens, width, dtype=torch.bfloat16, device=META)
+
+
+def new_positions(rows, tokens):
+    """-> [3, rows, tokens] without content, one position for each axis"""
+    return torch.zeros(3, rows, tokens, dtype=torch.long, device=META)
+
+
+def kept_bytes(model, sizes, games):
+    """Bytes that autograd keeps of B = `games` prompts and their G answers, as in MLLM.score."""
+    decoder = model.model.language_model
+    prompt_tokens = sizes.image_tokens + PROMPT_WORDS  # P
+    N = games * sizes.samples
+
+    def logps_of(hidden, ids):
+        return token_logps(model.lm_head(hidden), ids)
+
+    kept = KeptTensors(model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        # Read B prompts.
+        out = decoder(
+            inputs_embeds=new_embeddings(games, prompt_tokens, sizes.width),
+            position_ids=new_positions(games, prompt_tokens),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        prefix = Prefix(
+            cache=out.past_key_values,
+            mask=torch.ones(games, prompt_tokens, device=META),
+            position=torch.zeros(games, device=META),
+            last=out.last_hidden_state[:, -1],
+        )
+
+        # Continue copies of them with N answers.
+        rows = torch.arange(games, device=META).repeat_interleave(sizes.samples)  # [N]
+        branch = prefix.take(rows)
+        hidden = decoder(
+            inputs_embeds=new_embeddings(N, sizes.max_tokens, sizes.width),
+            position_ids=new_positions(N, sizes.max_tokens),
+            past_key_values=branch.cache,
+            use_cache=True,
+        ).last_hidden_state  # [N, C, D]
+
+        # Their log-probs. Logits are not kept, but made again in the backward pass.
+        ids = torch.zeros(N * sizes.max_tokens, dtype=torch.long, device=META)  # [N * C]
+        checkpoint(logps_of, hidden.flatten(0, 1), ids, use_reentrant=False)
+    return kept.bytes()
+
+
+def main():
+    sizes = Sizes(**run.read_options(Sizes, __doc__))
+    model = new_model(sizes)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - adapters
+    frozen_bytes = 2 * frozen  # bf16
+    adapter_bytes = 16 * adapters  # fp32: the weight, its gradient and Adam's two averages
+    print(
+        f"{frozen / 1e9:.2f}B frozen weights in bf16: {frozen_bytes / 1e9:.1f} GB; "
+        f"{adapters / 1e6:.0f}M adapter weights with gradients and Adam: "
+        f"{adapter_bytes / 1e9:.1f} GB"
+    )
+
+    # A chunk of logits is made again in the backward pass, in fp32 and with its gradient: three
+    # tensors of its size.
+    logits = min(LOGITS, sizes.samples * sizes.max_tokens * sizes.vocabulary)
+    logit_bytes = 3 * 4 * logits
+
+    print(
+        "| --micro | kept for the backward pass, GB | with all weights and a chunk of logits, GB |"
+    )
+    print("|---|---|---|")
+    for games in (1, 2, 4):
+        kept = kept_bytes(model, sizes, games)
+        total = frozen_bytes + adapter_bytes + kept + logit_bytes
+        print(f"| {games} | {kept / 1e9:.1f} | {total / 1e9:.1f} |")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, help in (("layers", 28, "decoder layers"), ("width", 1536, "D"), ("inner", 8960, "width inside the MLP"), ("heads", 12, "attention heads"),
-                                ("kv-heads", 2, "heads of keys and values"), ("vocabulary", 151936, "V"), ("rank", 64, "rank of the adapters"),
-                                ("samples", 8, "G"), ("image-tokens", 512, "image tokens of a photo"), ("max-tokens", 128, "C, tokens of an answer")):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="INT", help=f"{help} (default {default})")
-    args = parser.parse_args()
-    model = new_model(args)
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - adapters
-    fixed = 2 * frozen + 16 * adapters  # bf16; fp32 weight, gradient and Adam's two
-    logits = 3 * 4 * min(rrg.LOGITS, args.samples * args.max_tokens * args.vocabulary)  # made anew in the backward pass, in fp32, with their gradient
-    print(f"{frozen / 1e9:.2f}B frozen weights in bf16: {2 * frozen / 1e9:.1f} GB; {adapters / 1e6:.0f}M adapter weights with gradients and Adam: {16 * adapters / 1e9:.1f} GB")
-    print("| --micro | kept for the backward pass, GB | with all weights and a chunk of logits, GB |\n|---|---|---|")
-    for games in (1, 2, 4):
-        size = kept(model, args, games)
-        print(f"| {games} | {size / 1e9:.1f} | {(fixed + size + logits) / 1e9:.1f} |")
+    run.main(main)

@@ -1,248 +1,651 @@
-"""study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the README's tables.
+"""study.py: base, SFT, RePIC, RRG and their ablations, side by side in the toy world: the tables of
+README.md and benchmarks/README.md.
 
-    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: about 5 minutes on two CPU cores
-    python benchmarks/study.py             # every row, seeds 0 to 4: hours; stop it whenever you like, it goes on where it was
-    python benchmarks/study.py --tables    # run nothing: only the tables, claims and curves of what is in the CSV
+    python benchmarks/study.py --quick     # the four main rows, one seed, short runs: 5 minutes
+    python benchmarks/study.py             # every row, seeds 0 to 4: hours
+    python benchmarks/study.py --tables    # run nothing: the tables, claims and curves of the CSV
 
-A run is `rrg.py` with the flags of its row below and its defaults for the rest, then `evaluate.py`'s table of its adapter. Each finished run is
-kept at once as one line of benchmarks/study.csv: all figures, and curves as means over twentieths of the run. Several processes may share the
-file, each with --seeds of its own (on two cores two of them with OMP_NUM_THREADS=1 get more done than one with both).
+A run is the command of its row (ROWS below), with the toy model's settings for the rest, and then
+the table that evaluate.py --grounding makes of its adapter. Each finished run is kept at once as a
+line of benchmarks/study.csv: all figures, and curves as means over twentieths of the run. So the
+study can be stopped at any time, and goes on where it was. Several processes may share the file,
+each with --seeds of its own. (On two cores two of them with OMP_NUM_THREADS=1 get more done than
+one with both.)
 
-Figures are mean ± standard deviation over the seeds. A claim is the difference of two rows, seed by seed; it holds if its mean lies more than one
-standard deviation above 0.
+Figures are mean ± standard deviation over the seeds. A claim is the difference of two rows, seed
+by seed; it holds if its mean lies more than one standard deviation above 0.
 """
+
 import argparse
 import csv
-import json
 import pathlib
 import re
+import shlex
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
+
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-import grpo  # noqa: E402
+import repic  # noqa: E402
 import rrg  # noqa: E402
+import run  # noqa: E402
+from assistant import adapt  # noqa: E402
+from lora import remove_lora  # noqa: E402
+from model import MLLM  # noqa: E402
 
-ROWS = {
-    "base": None,
-    "SFT": ["--method", "sft"],
-    "RePIC": ["--method", "repic"],
-    "RePIC without OCT": ["--method", "repic", "--without", "oct"],
-    "RePIC without VLT": ["--method", "repic", "--without", "vlt"],
-    "RePIC without ICT": ["--method", "repic", "--without", "ict"],
-    "RePIC without length": ["--method", "repic", "--without", "length"],
-    "RRG": [],
-    "RRG, random negatives": ["--negatives", "random"],
-    "RRG, easy positive": ["--positive", "easy"],
-    "RRG, K = 2": ["--k", "2"],
-    "RRG, K = 5": ["--k", "5"],
-    "RRG, binary reward": ["--reward", "binary"],
-    "RRG, ungated soft reward": ["--reward", "soft"],
-    "RRG, no format term": ["--format-weight", "0"],
-    "RRG, no KL": ["--beta", "0"],
-    "RRG, G = 2": ["--samples", "2"],
-    "RRG, G = 4": ["--samples", "4"],
-    "RRG, G = 16": ["--samples", "16"],
-    "RRG, listener trained along": ["--listener", "trained"],
-}
+
+# ------------------------------------------------------------------------------- what is compared
+@dataclass(frozen=True)
+class Row:
+    """What is trained."""
+
+    name: str
+    command: str  # a script and its options; "" for the model as it came
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a table."""
+
+    title: str
+    figure: str  # as evaluate.py calls it; "oracle" and "early" see `oracle_figures`, `read_lines`
+    part: str = "seen"  # of which categories, where the table is not of one part anyway
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed: that a figure of one row is higher than that of another."""
+
+    text: str
+    higher: str  # the name of a row
+    lower: str
+    figure: str
+    at_least: bool = False  # it may also be as high
+
+
+ROWS = [
+    Row("base", ""),
+    Row("SFT", "repic.py --sft"),
+    Row("RePIC", "repic.py"),
+    Row("RePIC without OCT", "repic.py --without oct"),
+    Row("RePIC without VLT", "repic.py --without vlt"),
+    Row("RePIC without ICT", "repic.py --without ict"),
+    Row("RePIC without length", "repic.py --without length"),
+    Row("RRG", "rrg.py"),
+    Row("RRG, random negatives", "rrg.py --negatives random"),
+    Row("RRG, easy positive", "rrg.py --positive easy"),
+    Row("RRG, K = 2", "rrg.py --k 2"),
+    Row("RRG, K = 5", "rrg.py --k 5"),
+    Row("RRG, binary reward", "rrg.py --reward binary"),
+    Row("RRG, ungated soft reward", "rrg.py --reward soft"),
+    Row("RRG, no format term", "rrg.py --format-weight 0"),
+    Row("RRG, no KL", "rrg.py --beta 0"),
+    Row("RRG, G = 2", "rrg.py --samples 2"),
+    Row("RRG, G = 4", "rrg.py --samples 4"),
+    Row("RRG, G = 16", "rrg.py --samples 16"),
+    Row("RRG, listener trained along", "rrg.py --listener trained"),
+]
 MAIN = ("base", "SFT", "RePIC", "RRG")
-GAMES = ("identification", "oracle", "leakage", "coverage", "parsed")
 PARTS = ("seen", "unseen")
-CURVES = ("reward", "kl", "oracle")
-SUMMARY = [("caption F1", "seen", "captioning_f1"), ("unseen", "unseen", "captioning_f1"), ("recognition", "seen", "recognition_weighted"),
-           ("unseen", "unseen", "recognition_weighted"), ("oracle", "seen", "oracle"), ("unseen", "unseen", "oracle"), ("early", "seen", "early"),
-           ("leakage", "seen", "leakage"), ("2 names", "seen", "names_2_right_f1"), ("2 names, wrong", "seen", "names_2_wrong_f1")]  # of the main README
-COLUMNS = {"caption F1": "captioning_f1", "recognition": "recognition_weighted", "VQA": "vqa", "leakage": "leakage", "oracle": "oracle",
-           "1 name": "names_1_right_f1", "2 names": "names_2_right_f1", "2 names, retrieved": "names_2_retrieved_f1",
-           "2 names, wrong": "names_2_wrong_f1", "4 names": "names_4_right_f1"}
-CLAIMS = [  # what is claimed, the row that should be higher, the other one, of what
-    ("RRG beats RePIC in recognition", "RRG", "RePIC", "recognition_weighted"),
-    ("RRG beats RePIC in captioning", "RRG", "RePIC", "captioning_f1"),
-    ("RePIC beats base in recognition", "RePIC", "base", "recognition_weighted"),
-    ("RePIC beats base in captioning", "RePIC", "base", "captioning_f1"),
-    ("RePIC beats SFT in naming two things", "RePIC", "SFT", "names_2_right_f1"),
-    ("SFT beats base in naming two things", "SFT", "base", "names_2_right_f1"),
-    ("SFT falls for wrong references more than base", "SFT", "base", "names_2_wrong_f1"),
-    ("SFT falls for wrong references more than RePIC", "SFT", "RePIC", "names_2_wrong_f1"),
-    ("hard negatives beat random ones in hard games", "RRG", "RRG, random negatives", "oracle"),
-    ("hard negatives beat random ones in recognition", "RRG", "RRG, random negatives", "recognition_weighted"),
-    ("the soft-gated reward is at least as good as the binary one", "RRG", "RRG, binary reward", "oracle"),
-    ("RRG leaks less than base", "base", "RRG", "leakage"),
-    ("RRG leaks less than SFT", "SFT", "RRG", "leakage"),
-    ("RRG leaks less than RePIC", "RePIC", "RRG", "leakage"),
-    ("the soft-gated reward learns faster than the binary one (early)", "RRG", "RRG, binary reward", "early"),
-    ("a hard positive leads to better games than an easy one", "RRG", "RRG, easy positive", "oracle"),
-    ("eight answers a game teach faster than two (early)", "RRG", "RRG, G = 2", "early"),
-    ("eight answers a game lead to better games than two", "RRG", "RRG, G = 2", "oracle"),
-    ("eight teach faster than four (early)", "RRG", "RRG, G = 4", "early"),
-    ("sixteen teach faster than eight (early)", "RRG, G = 16", "RRG", "early"),
-    ("a frozen listener teaches faster than one that is trained along (early)", "RRG", "RRG, listener trained along", "early"),
-    ("a frozen listener leads to better games", "RRG", "RRG, listener trained along", "oracle"),
-    ("RePIC names less without ICT", "RePIC", "RePIC without ICT", "names_1_right_f1"),
+CURVES = ("reward", "kl", "oracle")  # columns of metrics.csv
+GAMES = tuple(rrg.HELD_OUT)  # what rrg.py measures in held-out games
+TASKS = tuple(repic.KINDS)  # what repic.py measures in held-out tasks
+
+# The table of README.md, of the rows in MAIN: seen and unseen categories in one cell.
+FIRST = [
+    Column("caption F1", "captioning_f1"),
+    Column("recognition", "recognition_weighted"),
+    Column("oracle", "oracle"),
+    Column("2 names", "names_2_right_f1"),
+]
+# All rows in short.
+SUMMARY = [
+    Column("caption F1", "captioning_f1"),
+    Column("unseen", "captioning_f1", "unseen"),
+    Column("recognition", "recognition_weighted"),
+    Column("unseen", "recognition_weighted", "unseen"),
+    Column("oracle", "oracle"),
+    Column("unseen", "oracle", "unseen"),
+    Column("early", "early"),
+    Column("leakage", "leakage"),
+    Column("2 names", "names_2_right_f1"),
+    Column("2 names, wrong", "names_2_wrong_f1"),
+]
+# The two tables of all rows, of seen and of unseen categories.
+COLUMNS = [
+    Column("caption F1", "captioning_f1"),
+    Column("recognition", "recognition_weighted"),
+    Column("VQA", "vqa"),
+    Column("leakage", "leakage"),
+    Column("oracle", "oracle"),
+    Column("1 name", "names_1_right_f1"),
+    Column("2 names", "names_2_right_f1"),
+    Column("2 names, retrieved", "names_2_retrieved_f1"),
+    Column("2 names, wrong", "names_2_wrong_f1"),
+    Column("4 names", "names_4_right_f1"),
+]
+CLAIMS = [
+    Claim("RRG beats RePIC in recognition", "RRG", "RePIC", "recognition_weighted"),
+    Claim("RRG beats RePIC in captioning", "RRG", "RePIC", "captioning_f1"),
+    Claim("RePIC beats base in recognition", "RePIC", "base", "recognition_weighted"),
+    Claim("RePIC beats base in captioning", "RePIC", "base", "captioning_f1"),
+    Claim("RePIC beats SFT in naming two things", "RePIC", "SFT", "names_2_right_f1"),
+    Claim("SFT beats base in naming two things", "SFT", "base", "names_2_right_f1"),
+    Claim("SFT falls for wrong references more than base", "SFT", "base", "names_2_wrong_f1"),
+    Claim("SFT falls for wrong references more than RePIC", "SFT", "RePIC", "names_2_wrong_f1"),
+    Claim(
+        "hard negatives beat random ones in hard games", "RRG", "RRG, random negatives", "oracle"
+    ),
+    Claim(
+        "hard negatives beat random ones in recognition",
+        "RRG",
+        "RRG, random negatives",
+        "recognition_weighted",
+    ),
+    Claim(
+        "the soft-gated reward is at least as good as the binary one",
+        "RRG",
+        "RRG, binary reward",
+        "oracle",
+        at_least=True,
+    ),
+    Claim("RRG leaks less than base", "base", "RRG", "leakage"),
+    Claim("RRG leaks less than SFT", "SFT", "RRG", "leakage"),
+    Claim("RRG leaks less than RePIC", "RePIC", "RRG", "leakage"),
+    Claim(
+        "the soft-gated reward learns faster than the binary one (early)",
+        "RRG",
+        "RRG, binary reward",
+        "early",
+    ),
+    Claim(
+        "a hard positive leads to better games than an easy one",
+        "RRG",
+        "RRG, easy positive",
+        "oracle",
+    ),
+    Claim("eight answers a game teach faster than two (early)", "RRG", "RRG, G = 2", "early"),
+    Claim("eight answers a game lead to better games than two", "RRG", "RRG, G = 2", "oracle"),
+    Claim("eight teach faster than four (early)", "RRG", "RRG, G = 4", "early"),
+    Claim("sixteen teach faster than eight (early)", "RRG, G = 16", "RRG", "early"),
+    Claim(
+        "a frozen listener teaches faster than one that is trained along (early)",
+        "RRG",
+        "RRG, listener trained along",
+        "early",
+    ),
+    Claim(
+        "a frozen listener leads to better games", "RRG", "RRG, listener trained along", "oracle"
+    ),
+    Claim("RePIC names less without ICT", "RePIC", "RePIC without ICT", "names_1_right_f1"),
 ]
 
 
-def figures(row, seed, steps, folder):
-    """Run one row with one seed -> {column of the CSV: value}."""
-    line, models = {"row": row, "seed": seed, "steps": steps}, ["base"]
-    options = evaluate.settings(["--seed", str(seed), "--grounding"])
-    if ROWS[row] is not None:
-        if not (folder / "result.json").exists():
-            begin = ["--seed", str(seed), "--steps", str(steps), *ROWS[row]]
-            subprocess.run([sys.executable, ROOT / "rrg.py", "--out", folder, *(["--resume"] if (folder / "state.pt").exists() else begin)], check=True)
-        result, models = json.loads((folder / "result.json").read_text()), [str(folder / "adapter")]
+# ------------------------------------------------------------------------------------------ a run
+def train_row(row, seed, steps, folder):
+    """Run the row's command, or go on with a run that was stopped."""
+    if (folder / "result.json").exists():
+        return
+    script, *options = shlex.split(row.command)
+    options += ["--seed", str(seed), "--steps", str(steps)]
+    if (folder / "state.pt").exists():
+        options = ["--resume"]
+    command = [sys.executable, ROOT / script, "--out", folder, *options]
+    subprocess.run(command, check=True)
+
+
+def run_figures(result):
+    """What the run itself measured, before and after.   -> {column of the CSV: value}"""
+    names = [name for name in result["before"] if name != "unseen"]
+    figures = {}
+    for when in ("before", "after"):
+        for name in names:
+            figures[f"seen_{name}_{when}"] = result[when][name]
+            figures[f"unseen_{name}_{when}"] = result[when]["unseen"][name]
+    return figures
+
+
+def curves_of(folder):
+    """The means of columns of metrics.csv over twentieths of the run.   -> {column: numbers}"""
+    with open(folder / "metrics.csv", newline="") as file:
+        log = list(csv.DictReader(file))
+
+    curves = {}
+    for name in CURVES:
+        if not log[0].get(name):  # only a run of the game has an oracle
+            continue
+        means = []
+        for i in range(20):
+            twentieth = log[i * len(log) // 20 : (i + 1) * len(log) // 20]
+            if twentieth:  # a run of fewer than 20 steps has less
+                means.append(statistics.mean(float(step[name]) for step in twentieth))
+        curves[f"{name}_curve"] = " ".join(f"{mean:.4g}" for mean in means)
+    return curves
+
+
+def oracle_figures(mllm, speaker, seed):
+    """The share of hard held-out games that greedy descriptions win by the truth.
+
+    speaker: an adapter or "base", that was not trained by the game -> {column of the CSV: value}
+    """
+    config, _ = rrg.read_settings(["--seed", str(seed)])
+    games = rrg.mine(mllm, config)
+    figures = {}
+    adapt(mllm, speaker)
+    for part, of_part in (("seen", games.seen), ("unseen", games.unseen)):
+        rows = rrg.play_greedily(mllm, of_part, config)
+        figures[f"{part}_oracle"] = rrg.held_out_figures(rows)["oracle"]
+    remove_lora(mllm.model)
+    return figures
+
+
+def measure_row(row, seed, steps, folder):
+    """Train one row with one seed, and measure it.   -> its line: {column of the CSV: value}"""
+    line = {"row": row.name, "seed": seed, "steps": steps}
+    speaker = "base"
+    if row.command:
+        train_row(row, seed, steps, folder)
+        speaker = str(folder / "adapter")
+        result = run.load_json(folder / "result.json")
         line["seconds"] = result["seconds"]
-        for when in ("before", "after"):
-            for part, games in zip(PARTS, (result[when], result[when]["unseen"])):
-                line |= {f"{part}_{name}_{when}": value for name, value in games.items() if name != "unseen"}
-        with open(folder / "metrics.csv") as file:
-            log = list(csv.DictReader(file))
-        for name in CURVES if log[0]["oracle"] else CURVES[:2]:
-            twentieths = [[float(r[name]) for r in log[i * len(log) // 20:(i + 1) * len(log) // 20]] for i in range(20)]
-            line[f"{name}_curve"] = " ".join(f"{statistics.mean(values):.4g}" for values in twentieths if values)
-    mllm = rrg.MLLM(options.model, options.max_pixels)
-    table = evaluate.table(mllm, mllm, options, models)["rows"][models[0]]
+        line |= run_figures(result)
+        line |= curves_of(folder)
+
+    # What the descriptions are worth to the assistant, and names in captions.
+    options = evaluate.read_settings(["--seed", str(seed), "--grounding"])
+    mllm = MLLM(options.model, options.max_pixels)
+    table = evaluate.table(mllm, mllm, options, [speaker])["rows"][speaker]
     for part in PARTS:
-        line |= {f"{part}_{name}": value for name, value in table[part].items() if name != "counts"}
-    return line | oracle(mllm, models[0], line, seed)
+        for name, value in table[part].items():
+            if name != "counts":
+                line[f"{part}_{name}"] = value
 
-
-def oracle(mllm, speaker, line, seed):
-    """Share of hard held-out games that the greedy descriptions win by the truth. Rows that play the game measured it; the others'
-    speakers, an adapter or "base", are put to the same games."""
+    # The oracle's verdict, which a run of the game has measured already.
     if "seen_oracle_after" in line:
-        return {f"{part}_oracle": line[f"{part}_oracle_after"] for part in PARTS}
-    config = rrg.settings(["--seed", str(seed)])[0]
-    games = rrg.set_up(config, mllm)[1:]
-    if speaker != "base":
-        evaluate.adapt(mllm, speaker)
-    found = {f"{part}_oracle": rrg.measure(mllm, some, config)[0]["oracle"] for part, some in zip(PARTS, games)}
-    grpo.remove_lora(mllm.model)
-    return found
+        return line | {f"{part}_oracle": line[f"{part}_oracle_after"] for part in PARTS}
+    return line | oracle_figures(mllm, speaker, seed)
 
 
-def read(file):
-    """-> {(row, seed, steps): line}"""
+# ---------------------------------------------------------------------------------------- the CSV
+@dataclass(frozen=True)
+class Run:
+    """What a line of the CSV is about."""
+
+    row: str
+    seed: int
+    steps: int
+
+
+def csv_columns():
+    """The heading of the CSV, which has room for the figures of every method."""
+    columns = ["row", "seed", "steps", "seconds"]
+    columns += [f"{name}_curve" for name in CURVES]
+    for part in PARTS:
+        for when in ("before", "after"):
+            columns += [f"{part}_{name}_{when}" for name in GAMES + TASKS]
+    for part in PARTS:
+        columns += [f"{part}_{name}" for name in evaluate.COLUMNS]
+        columns.append(f"{part}_oracle")
+        for name in evaluate.GROUNDING:  # "names_1_right_f1" and so on
+            stem = name.removesuffix("f1")
+            columns += [f"{part}_{stem}{figure}" for figure in ("precision", "recall", "f1")]
+    return columns
+
+
+def read_lines(file):
+    """The lines of the CSV.   -> {Run: {column: text}}, empty if there is no file
+
+    To each a column comes, "seen_early", how soon it learns: what the oracle accepts, in the run's
+    own games, of the answers that were sampled in its first half.
+    """
     if not file.exists():
         return {}
-    with open(file, newline="") as lines:
-        rows = {(line["row"], int(line["seed"]), int(line["steps"])): line for line in csv.DictReader(lines)}
-    for line in rows.values():  # how soon it learns: what the oracle accepts, in its own games, of the answers sampled in the first half
-        line["seen_early"] = str(statistics.mean(map(float, curve[:10]))) if (curve := line["oracle_curve"].split()) else ""
-    return rows
+    lines = {}
+    with open(file, newline="") as rows:
+        for line in csv.DictReader(rows):
+            curve = numbers(line["oracle_curve"])
+            line["seen_early"] = str(statistics.mean(curve[:10])) if curve else ""
+            lines[Run(line["row"], int(line["seed"]), int(line["steps"]))] = line
+    return lines
 
 
-def keep(file, line):
-    """Append one line; the first run that is kept writes the heading, which has room for every method."""
-    names = ["row", "seed", "steps", "seconds", *(f"{name}_curve" for name in CURVES)]
-    names += [f"{part}_{name}_{when}" for part in PARTS for when in ("before", "after") for name in (*GAMES, *rrg.KINDS)]
-    names += [f"{part}_{name}" for part in PARTS
-              for name in [*evaluate.COLUMNS, "oracle", *(key.replace("f1", f) for key in evaluate.GROUNDING for f in ("precision", "recall", "f1"))]]
-    new = not file.exists()
-    with open(file, "a", newline="") as lines:
-        table = csv.DictWriter(lines, names, extrasaction="ignore")
-        if new:
-            table.writeheader()
-        table.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in line.items()})
+def numbers(curve):
+    """A curve of the CSV as numbers."""
+    return [float(value) for value in curve.split()]
 
 
-def spread(values, form="{:.1%}"):
-    """Mean ± standard deviation over the seeds; "-" for none."""
-    return f"{form.format(statistics.mean(values))} ± {form.replace('+', '').format(statistics.stdev(values) if len(values) > 1 else 0)}" if values else "-"
+def append_line(file, line):
+    """Append a line to the CSV; the first one writes the heading."""
+    is_new = not file.exists()
+    texts = {}
+    for name, value in line.items():
+        texts[name] = f"{value:.5g}" if isinstance(value, float) else value
+    with open(file, "a", newline="") as rows:
+        writer = csv.DictWriter(rows, csv_columns(), extrasaction="ignore")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(texts)
 
 
-def show(title, columns, rows):
-    """Print a Markdown table: rows {name: cells}."""
-    print(f"\n| {title} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for name, cells in rows.items():
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def run_missing(file, names, seeds, steps):
+    """Run those rows, by their names, that the CSV has no line of yet."""
+    rows = [row for row in ROWS if row.name in names]
+    for seed in seeds:
+        for row in rows:
+            if Run(row.name, seed, steps) in read_lines(file):
+                continue
+            print(f"\n=== {row.name}, seed {seed}", flush=True)
+            slug = re.sub(r"\W+", "-", row.name.lower())
+            folder = ROOT / "runs" / "study" / f"{slug}-{seed}-{steps}"
+            append_line(file, measure_row(row, seed, steps, folder))
 
 
-def report(lines, steps):
-    """Print the tables and the claims -> {row: [line of each seed]}."""
-    runs = {row: [line for (name, _, length), line in sorted(lines.items(), key=lambda item: item[0][1]) if name == row and length == steps] for row in ROWS}
-    runs = {row: some for row, some in runs.items() if some}
-    values = lambda row, key: {line["seed"]: float(line[key]) for line in runs.get(row, ()) if line.get(key)}
-    means = lambda row, key, form="{:.1%}": spread(list(values(row, key).values()), form)
+class Study:
+    """The lines of all runs of one length."""
 
-    def gaps(high, low, key):
-        a, b = values(high, key), values(low, key)
+    def __init__(self, lines, steps):
+        self.lines = {}  # {row name: {seed: line}}, in the order of ROWS and of the seeds
+        for row in ROWS:
+            runs = [kept for kept in lines if kept.row == row.name and kept.steps == steps]
+            runs.sort(key=lambda kept: kept.seed)
+            if runs:
+                self.lines[row.name] = {kept.seed: lines[kept] for kept in runs}
+
+    def values(self, row, figure):
+        """{seed: value} of a row's figure ("seen_oracle", ...), where it is known."""
+        values = {}
+        for seed, line in self.lines.get(row, {}).items():
+            if line.get(figure):
+                values[seed] = float(line[figure])
+        return values
+
+    def mean(self, row, figure, form=".1%"):
+        """Mean ± standard deviation of a row's figure, in words."""
+        return spread(list(self.values(row, figure).values()), form)
+
+    def gaps(self, higher, lower, figure):
+        """How much higher a figure is in one row than in another, seed by seed."""
+        a = self.values(higher, figure)
+        b = self.values(lower, figure)
         return [a[seed] - b[seed] for seed in a if seed in b]
 
-    percent = lambda row, key: spread([100 * value for value in values(row, key).values()], "{:.1f}")
-    show("%", [title for title, _, _ in SUMMARY], {row: [percent(row, f"{part}_{key}") for _, part, key in SUMMARY] for row in runs})
-    for row, names in (("RRG", GAMES), ("RePIC", rrg.KINDS)):
-        show(f"{row}, held out", ["before", "after", "before, unseen categories", "after, unseen categories"],
-             {name: [means(row, f"{part}_{name}_{when}") for part in PARTS for when in ("before", "after")] for name in names})
-    tasks = {}
-    for key in evaluate.COLUMNS:
-        form = "{:.1f}" if key == "words" else "{:.1%}"
-        tasks[key.replace("_", " ")] = sum([[means("base", f"{part}_{key}", form), means("RRG", f"{part}_{key}", form),
-                                             spread(gaps("RRG", "base", f"{part}_{key}"), form.replace(":", ":+"))] for part in PARTS], [])
-    show("", ["base", "RRG", "gain", "base, unseen categories", "RRG, unseen categories", "gain, unseen categories"], tasks)
-    for part in PARTS:
-        show(f"{part} categories", ["seeds", *COLUMNS],
-             {row: [str(len(some)), *(means(row, f"{part}_{key}") for key in COLUMNS.values())] for row, some in runs.items()})
-    claims = {}
-    for text, high, low, key in CLAIMS:
-        claims[text] = []
+    def curves(self, row, name):
+        """The curves of a row's runs, each as numbers."""
+        return [numbers(line[f"{name}_curve"]) for line in self.lines.get(row, {}).values()]
+
+
+# ------------------------------------------------------------------------------------- the tables
+def deviation(values):
+    """Standard deviation over the seeds; 0 of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0
+
+
+def spread(values, form=".1%"):
+    """Mean ± standard deviation in words; "-" where there is nothing."""
+    if not values:
+        return "-"
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(deviation(values), form.replace('+', ''))}"
+
+
+def print_table(title, columns, rows):
+    """Print Markdown.   columns: titles; rows {name: cells}"""
+    print(f"\n| {title} | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def print_first(study):
+    """The main rows, as README.md shows them."""
+    rows = {}
+    for row in MAIN:
+        rows[row] = []
+        for column in FIRST:
+            parts = []
+            for part in PARTS:
+                values = study.values(row, f"{part}_{column.figure}").values()
+                parts.append(spread([100 * value for value in values], ".1f"))
+            rows[row].append(" / ".join(parts))
+    print_table("%, seen / unseen", [column.title for column in FIRST], rows)
+
+
+def print_summary(study):
+    """All rows, in short."""
+    rows = {}
+    for row in study.lines:
+        rows[row] = []
+        for column in SUMMARY:
+            values = study.values(row, f"{column.part}_{column.figure}").values()
+            rows[row].append(spread([100 * value for value in values], ".1f"))
+    print_table("%", [column.title for column in SUMMARY], rows)
+
+
+def print_held_out(study, row, names):
+    """What a row's runs measured themselves, before and after."""
+    columns = ["before", "after", "before, unseen categories", "after, unseen categories"]
+    rows = {}
+    for name in names:
+        rows[name] = []
         for part in PARTS:
-            gap = gaps(high, low, f"{part}_{key}")
-            above = len(gap) > 1 and statistics.mean(gap) > (-1 if "at least" in text else 1) * statistics.stdev(gap)
-            claims[text] += [spread(gap, "{:+.1%}"), "" if len(gap) < 2 else "holds" if above else "does **not** hold"]
-    show("claim", ["difference, seen categories", "", "difference, unseen categories", ""], claims)
-    fifths = [[statistics.mean(curve[i:i + 4]) for i in range(0, 20, 4)] for line in runs.get("RRG", ())
-              if len(curve := [float(value) for value in line["oracle_curve"].split()]) == 20]
-    if fifths:
-        print(f"\nRRG: the oracle accepts of the *sampled* descriptions, by fifths of training, "
-              f"{', '.join(spread(five) for five in zip(*fifths))}; the last fifth lies at most {max(max(five) - five[-1] for five in fifths):.1%} below the "
-              "best of its run")
-    return runs
+            for when in ("before", "after"):
+                rows[name].append(study.mean(row, f"{part}_{name}_{when}"))
+    print_table(f"{row}, held out", columns, rows)
 
 
-def curves(runs, file):
-    """Reward and KL of the methods that sample, mean and standard deviation over the seeds, as SVG."""
-    colours, parts = {"RRG": "#c0392b", "RePIC": "#2471a3"}, []
-    for panel, name in enumerate(("reward", "kl")):
-        data = {row: list(zip(*[map(float, line[f"{name}_curve"].split()) for line in runs[row]])) for row in colours if row in runs}
-        top = max([max(map(max, points)) for points in data.values()], default=1)
-        x = lambda i: 60 + 400 * panel + 320 * i / 19
-        y = lambda value: 230 - 190 * value / top
-        title = {"reward": "reward of sampled answers", "kl": "KL to the frozen model, per token"}[name]
-        parts.append(f'<text x="{x(0)}" y="24" font-weight="bold">{title}</text><path d="M{x(0)} 40V230H{x(19)}" fill="none" stroke="#888"/>'
-                     f'<text x="{x(0) - 8}" y="45" text-anchor="end">{top:.2g}</text><text x="{x(0) - 8}" y="234" text-anchor="end">0</text>'
-                     f'<text x="{x(19)}" y="250" text-anchor="end">end of training</text>')
-        for place, (row, points) in enumerate(data.items()):
-            middle = [statistics.mean(values) for values in points]
-            off = [statistics.stdev(values) if len(values) > 1 else 0 for values in points]
-            edge = [(i, m + s) for i, (m, s) in enumerate(zip(middle, off))] + [(i, m - s) for i, (m, s) in reversed(list(enumerate(zip(middle, off))))]
-            line = lambda pairs: " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in pairs)
-            parts.append(f'<polygon points="{line(edge)}" fill="{colours[row]}" opacity="0.2"/><polyline points="{line(enumerate(middle))}" fill="none" '
-                         f'stroke="{colours[row]}" stroke-width="2"/><text x="{x(2) + 70 * place}" y="250" fill="{colours[row]}">{row}</text>')
-    file.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 262" font-family="sans-serif" font-size="13">'
-                    f'<rect width="820" height="262" fill="white"/>{"".join(parts)}</svg>\n')
+def print_gains(study):
+    """What the assistant does with the descriptions of base and of RRG."""
+    seen = ["base", "RRG", "gain"]
+    unseen = [f"{title}, unseen categories" for title in seen]
+    rows = {}
+    for name in evaluate.COLUMNS:
+        form = ".1f" if name == "words" else ".1%"
+        cells = []
+        for part in PARTS:
+            figure = f"{part}_{name}"
+            cells.append(study.mean("base", figure, form))
+            cells.append(study.mean("RRG", figure, form))
+            cells.append(spread(study.gaps("RRG", "base", figure), "+" + form))
+        rows[name.replace("_", " ")] = cells
+    print_table("", seen + unseen, rows)
+
+
+def print_all_rows(study, part):
+    """Everything side by side, of seen or of unseen categories."""
+    rows = {}
+    for row, lines in study.lines.items():
+        cells = [study.mean(row, f"{part}_{column.figure}") for column in COLUMNS]
+        rows[row] = [str(len(lines)), *cells]
+    titles = [column.title for column in COLUMNS]
+    print_table(f"{part} categories", ["seeds", *titles], rows)
+
+
+def verdict(claim, gaps):
+    """Does a claim hold, by its differences?   -> words, "" of fewer than two"""
+    if len(gaps) < 2:
+        return ""
+    margin = statistics.stdev(gaps)
+    if claim.at_least:
+        margin = -margin
+    return "holds" if statistics.mean(gaps) > margin else "does **not** hold"
+
+
+def print_claims(study):
+    rows = {}
+    for claim in CLAIMS:
+        rows[claim.text] = []
+        for part in PARTS:
+            gaps = study.gaps(claim.higher, claim.lower, f"{part}_{claim.figure}")
+            rows[claim.text] += [spread(gaps, "+.1%"), verdict(claim, gaps)]
+    columns = ["difference, seen categories", "", "difference, unseen categories", ""]
+    print_table("claim", columns, rows)
+
+
+def print_fifths(study):
+    """How RRG's oracle goes up, and that it does not come down again."""
+    runs = []
+    for curve in study.curves("RRG", "oracle"):
+        if len(curve) == 20:
+            runs.append([statistics.mean(curve[i : i + 4]) for i in range(0, 20, 4)])
+    if not runs:
+        return
+    words = [spread(fifth) for fifth in zip(*runs, strict=True)]
+    drop = max(max(fifths) - fifths[-1] for fifths in runs)
+    print(
+        "\nRRG: the oracle accepts of the *sampled* descriptions, by fifths of training, "
+        f"{', '.join(words)}; the last fifth lies at most {drop:.1%} below the best of its run"
+    )
+
+
+def print_tables(study):
+    print_first(study)
+    print_summary(study)
+    print_held_out(study, "RRG", GAMES)
+    print_held_out(study, "RePIC", TASKS)
+    print_gains(study)
+    for part in PARTS:
+        print_all_rows(study, part)
+    print_claims(study)
+    print_fifths(study)
+
+
+# ------------------------------------------------------------------------------------- the curves
+COLOURS = {"RRG": "#c0392b", "RePIC": "#2471a3"}  # the methods that sample
+PANELS = {"reward": "reward of sampled answers", "kl": "KL to the frozen model, per token"}
+
+
+class Panel:
+    """One curve of the methods that sample, mean and standard deviation over the seeds, as SVG.
+
+    number: its place in the picture, from the left
+    """
+
+    def __init__(self, study, name, number):
+        self.title = PANELS[name]
+        self.left = 60 + 400 * number
+        self.points = {}  # {row: a list of 20, each of one value a seed}
+        for row in COLOURS:
+            if row in study.lines:
+                self.points[row] = list(zip(*study.curves(row, name), strict=False))
+        highest = []
+        for points in self.points.values():
+            highest += [max(values) for values in points]
+        self.top = max(highest, default=1)
+
+    def x(self, i):
+        """Of the i-th twentieth of a run."""
+        return self.left + 320 * i / 19
+
+    def y(self, value):
+        return 230 - 190 * value / self.top
+
+    def path(self, values, places):
+        """Points of a line, "x,y x,y ..."."""
+        pairs = zip(places, values, strict=True)
+        return " ".join(f"{self.x(i):.1f},{self.y(value):.1f}" for i, value in pairs)
+
+    def axes(self):
+        left = self.x(0)
+        right = self.x(19)
+        return (
+            f'<text x="{left}" y="24" font-weight="bold">{self.title}</text>'
+            f'<path d="M{left} 40V230H{right}" fill="none" stroke="#888"/>'
+            f'<text x="{left - 8}" y="45" text-anchor="end">{self.top:.2g}</text>'
+            f'<text x="{left - 8}" y="234" text-anchor="end">0</text>'
+            f'<text x="{right}" y="250" text-anchor="end">end of training</text>'
+        )
+
+    def curve(self, row, number):
+        """A row's mean, and its standard deviation as a band; `number` places its name below."""
+        means = [statistics.mean(values) for values in self.points[row]]
+        deviations = [deviation(values) for values in self.points[row]]
+        upper = [mean + off for mean, off in zip(means, deviations, strict=True)]
+        lower = [mean - off for mean, off in zip(means, deviations, strict=True)]
+
+        places = list(range(len(means)))
+        there = self.path(upper, places)
+        back = self.path(reversed(lower), reversed(places))
+        colour = COLOURS[row]
+        return (
+            f'<polygon points="{there} {back}" fill="{colour}" opacity="0.2"/>'
+            f'<polyline points="{self.path(means, places)}" fill="none" stroke="{colour}" '
+            f'stroke-width="2"/>'
+            f'<text x="{self.x(2) + 70 * number}" y="250" fill="{colour}">{row}</text>'
+        )
+
+
+def draw_curves(study, file):
+    """Reward and KL over training, as an SVG file."""
+    drawn = ""
+    for number, name in enumerate(PANELS):
+        panel = Panel(study, name, number)
+        drawn += panel.axes()
+        for place, row in enumerate(panel.points):
+            drawn += panel.curve(row, place)
+    file.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 262" font-family="sans-serif" '
+        'font-size="13">'
+        f'<rect width="820" height="262" fill="white"/>{drawn}</svg>\n'
+    )
+
+
+# ------------------------------------------------------------------------------- the command line
+def read_arguments():
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the main rows, seed 0, 30 steps; kept in runs/study-quick.csv",
+    )
+    parser.add_argument("--tables", action="store_true", help="run nothing, only print the tables")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="seeds to run (default 0 1 2 3 4)",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="ROW",
+        help="rows to run (default: all): " + "; ".join(names),
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = read_arguments()
+    config, _ = rrg.read_settings([])
+    steps = config.steps
+    file = ROOT / "benchmarks" / "study.csv"
+    if args.quick:
+        steps = 30
+        file = ROOT / "runs" / "study-quick.csv"
+        args.seeds = [0]
+        args.rows = MAIN
+    file.parent.mkdir(exist_ok=True)
+
+    if not args.tables:
+        run_missing(file, args.rows, args.seeds, steps)
+
+    print(f"\n{steps} steps a run; {run.machine(torch.device('cpu'))}")
+    study = Study(read_lines(file), steps)
+    print_tables(study)
+    if not args.quick:
+        draw_curves(study, ROOT / "assets" / "curves.svg")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the main rows, seed 0, 30 steps; kept in runs/study-quick.csv")
-    parser.add_argument("--tables", action="store_true", help="run nothing, only print the tables")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds to run (default 0 1 2 3 4)")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="rows to run (default: all): " + "; ".join(ROWS))
-    args = parser.parse_args()
-    file, steps = (ROOT / "runs" / "study-quick.csv", 30) if args.quick else (ROOT / "benchmarks" / "study.csv", rrg.TOY["steps"])
-    file.parent.mkdir(exist_ok=True)
-    wanted = [(row, seed) for seed in ([0] if args.quick else args.seeds) for row in (MAIN if args.quick else args.rows)]
-    for row, seed in [] if args.tables else wanted:
-        if (row, seed, steps) not in read(file):
-            print(f"\n=== {row}, seed {seed}", flush=True)
-            slug = re.sub(r"\W+", "-", row.lower())
-            keep(file, figures(row, seed, steps, ROOT / "runs" / "study" / f"{slug}-{seed}-{steps}"))
-    print(f"\n{steps} steps a run; {rrg.machine(rrg.torch.device('cpu'))}")
-    runs = report(read(file), steps)
-    if not args.quick:
-        curves(runs, ROOT / "assets" / "curves.svg")
+    run.main(main)
