@@ -4,10 +4,11 @@ A *concept* is one physical object (this mug, not mugs) with several photos. A *
 of its photos, the target, to the speaker, and a pool of K photos to the listener:
 
     hard positive    the photo of the same concept that is *least* similar to the target. It has
-                     nothing in common with it but the concept itself, so a claim about
-                     background or pose fails on it
-    hard negatives   the most similar photos of the K - 1 most similar other concepts. They look
-                     alike, so a vague description fits them too
+                     little in common with it but the concept itself, so a claim about background
+                     or pose fails on it
+    hard negatives   photos of look-alikes: of the 8 most similar other concepts of its category
+                     the most similar photo each, and of these the best K - 1. A vague description
+                     fits them too
 
 Layouts that `load_concepts` reads, told apart by the folders that the photos lie in:
 
@@ -20,10 +21,10 @@ Layouts that `load_concepts` reads, told apart by the folders that the photos li
     <root>/<number>/*.jpg with *.npy                     ObjectsWithStateChange; the array gives
                                                          each number's category
 
-Where it departs from the paper and its authors' research code:
-1. Each random draw has a generator of its own, seeded by a text such as "game 0 mug/1.jpg" and
+Where it departs from the RRG paper and its authors' research code:
+1. Each game is drawn with a generator of its own, seeded by a text such as "game 0 mug/1.jpg" and
    never by Python's hash(): the same seed makes the same games on every machine, and a photo
-   more or less changes no other draw.
+   more or less does not draw the others anew.
 2. If a category has too few concepts for K - 1 negatives, the pool is filled up from other
    categories, and the number of such games is reported.
 3. Concepts are split, not photos: some concepts, and of four categories or more some whole
@@ -87,7 +88,8 @@ class Photo:
     name: str
     load: Callable[[], Image.Image] = field(repr=False, compare=False)  # reads the pixels
     truth: dict | None = field(default=None, repr=False, compare=False)  # toy world only
-    part: str = field(default="", repr=False, compare=False)  # "train" or "test", if it is split
+    # "train" or "test" of a benchmark that comes in two parts; evaluate.py minds it.
+    part: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Game:
             "concept": self.concept,
             "target": self.target.name,
             "pool": [photo.name for photo in self.pool],
-            "answer": self.positive,
+            "answer": self.positive,  # the right one in the pool
         }
 
 
@@ -290,10 +292,10 @@ def load_concepts(root, log=print, least=2):
     """Read a folder of photos.   -> [Concept, ...] sorted by name, each with `least` photos or more
 
     Every photo is read once, so that a broken one is found now and not in the middle of training.
-    Broken photos, copies of another photo of the same concept, and concepts left with too few are
-    skipped, counted and reported through `log`. If one photo is enough (least=1), a photo in the
-    root itself is a concept named as its file. Raises DataError for a folder without concepts and
-    for Git-LFS pointers.
+    Broken photos, copies of another photo of the same concept and part, and concepts left with too
+    few are skipped, counted and reported through `log`. If one photo is enough (least=1), a photo
+    in the root itself is a concept named as its file. Raises DataError for a folder without
+    concepts, for a photo that lies too deep, and for Git-LFS pointers.
     """
     root = find_folder(root)
     categories = known_categories(root, log)
@@ -355,8 +357,8 @@ def split_concepts(concepts, seed, unseen=None):
             unseen = rng.sample(categories, max(1, len(categories) // 6))
     shuffled = rng.sample(concepts, len(concepts))
 
-    # Deal in rounds, one concept of each category a round. The last ones dealt are the test set,
-    # so that it has something of every category that has concepts to spare.
+    # Deal one concept of each category a round. The last ones dealt are the test set, so it takes
+    # from the largest categories first, and from equally large ones in turn.
     dealt = Counter()
     rounds = []  # (round, category, concept)
     for concept in shuffled:
@@ -376,7 +378,8 @@ def split_concepts(concepts, seed, unseen=None):
 
 # --------------------------------------------------------------------------- stage 1: mine games
 class Similarity:
-    """Cosine similarity to one target photo; of unit vectors it is the dot product."""
+    """Similarity to one target photo: of a photo the cosine, which for unit vectors is the dot
+    product; of a concept the mean cosine of its photos."""
 
     def __init__(self, target, photo_vectors, concept_vectors):
         self.target = photo_vectors[target.name]  # [D]
@@ -396,13 +399,15 @@ class Similarity:
 def hard_negatives(concept, others, similarity, count):
     """The most similar photos of the most similar other concepts, of its category if it can be.
 
-    -> (count photos, whether other categories had to help)
+    -> (count photos, whether its category had too few)
     """
     by_similarity = sorted(others, key=similarity.of_concept, reverse=True)
     same_category = [other for other in by_similarity if other.category == concept.category][:8]
     photos = [similarity.best_photo(other) for other in same_category]
     photos = sorted(photos, key=similarity.of_photo, reverse=True)[:count]
 
+    # What is missing comes from those left over: of other categories, and of its own beyond the 8
+    # where more than 8 are wanted.
     missing = count - len(photos)
     if missing == 0:
         return photos, False

@@ -1,6 +1,6 @@
 """grpo.py: GRPO on tensors: from the rewards of sibling answers to a step of the optimizer.
 
-Nothing here knows of pictures, games or prompts. The whole algorithm is four functions:
+Nothing here knows of pictures, games or prompts. Four functions are the algorithm:
 
     group_advantages   how much better is an answer than its siblings, the other answers to the
                        same prompt? Their mean reward is the baseline, so no value network is
@@ -10,9 +10,10 @@ Nothing here knows of pictures, games or prompts. The whole algorithm is four fu
     update             the optimizer steps on one batch of answers
 
 With one update per batch (mu = 1) the policy that is trained is the policy that sampled the
-answers. Their ratio is 1, and the loss is about -mean A, which is 0. Its gradient is not: at
-ratio 1 the gradient of ratio * A is A times the gradient of log pi, which makes the answers
-that are better than their siblings likelier. The clip acts only from the second update on.
+answers. Their ratio is 1 but for rounding, and the surrogate is about -mean A, which is 0. Its
+gradient is not: at ratio 1 the gradient of ratio * A is A times the gradient of log pi, which makes
+the answers that are better than their siblings likelier. The clip has work to do only from the
+second update on.
 
 Sources: GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3-4), PPO's clip (1707.06347, eq. 7), the k3
 estimator (Schulman 2020, joschu.net/blog/kl-approx.html), Dr. GRPO (2503.20783), DAPO
@@ -52,14 +53,14 @@ def group_advantages(rewards, *, std_floor=0.0):
 
     centred = rewards - rewards.mean(-1, keepdim=True)  # [B, G]
     std = rewards.std(-1, keepdim=True).clamp(min=std_floor)  # [B, 1]
-    # Eight times 0.7 minus their mean is 6e-8 in fp32, not 0, and Adam, which divides by the
-    # gradient's own size, could make a step of it. So equal rewards are told apart here.
+    # Of eight rewards of 0.7 each minus their mean is 6e-8 in fp32, not 0, and Adam, which divides
+    # by the gradient's own size, could make a step of it. So such groups are set to 0.
     all_equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # [B, 1]
     return (centred / (std + 1e-4)).masked_fill(all_equal, 0.0)  # [B, G]
 
 
 def token_logps(logits, ids):
-    """log pi(id | everything before it), in fp32.   logits [..., V], ids [...] -> [...]"""
+    """log pi(id | all before it), the softmax in fp32.   logits [..., V], ids [...] -> [...]"""
     # In bf16 a sum over V is off by hundredths of a nat, and a ratio is the exp of a difference
     # of two of these.
     logits = logits.float()
@@ -72,8 +73,9 @@ def kl_k3(logp, ref_logp):
         k3 = exp(d) - d - 1    with d = ref_logp - logp            (DeepSeekMath, eq. 4)
 
     It is never negative. (Plain -d has the same mean, but is often negative and varies more.)
-    As a loss its gradient is that of KL(reference || policy), not of KL(policy || reference),
-    whose value it estimates. The paper uses it so, and so do we.
+    Its value estimates KL(policy || reference). As a loss its gradient is
+    (1 - ref / pi) grad log pi. Over tokens drawn from pi the 1 averages to 0, and the rest to
+    -E_ref[grad log pi], the gradient of KL(reference || policy). The paper uses it so.
     """
     d = ref_logp - logp
     return d.exp() - d - 1
@@ -109,9 +111,9 @@ def grpo_loss(
                                                                         (DAPO)
 
     logp, old_logp, ref_logp [N, C]; advantages [N]; mask [N, C], 1 up to and including the token
-    that ends the answer. total: when a batch is split into micro-batches, what the whole batch
-    would be divided by: its answers, or for "dapo" its tokens. The losses of the micro-batches
-    then add up to the loss of the batch, and so do their gradients.
+    that ends the answer. total: where this is a micro-batch, how many answers the whole batch has
+    (for "dapo": how many tokens), to divide by that. The losses of the micro-batches then add up
+    to the loss of the batch, and so do their gradients.
     stats: "kl", mean k3 per token; "clip_high" and "clip_low", the share of tokens whose gradient
     the clip has cut.
     """
@@ -120,9 +122,9 @@ def grpo_loss(
     ratio = (logp - old_logp).exp()  # [N, C]
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)  # [N, C]
 
-    # min takes the pessimistic side for either sign of A. Once an answer has become likelier
-    # (A > 0) or less likely (A < 0) by more than eps, the clipped term is the smaller one, and it
-    # is constant: nothing more is gained by going further from the policy that sampled.
+    # min takes the pessimistic side for either sign of A. Once a token has become likelier (A > 0)
+    # or less likely (A < 0) by more than eps, the clipped term is the smaller one, and it is
+    # constant: nothing more is gained by going further from the policy that sampled.
     surrogate = torch.min(ratio * advantages, clipped * advantages)  # [N, C]
     kl = kl_k3(logp, ref_logp)  # [N, C]
     per_token = (-surrogate + beta * kl) * mask  # [N, C]
@@ -170,7 +172,10 @@ class Batch:
 
 
 def add_up(tensors):
-    """Replace tensors by their sums over all processes of torchrun; one process has its own."""
+    """Sum tensors over all processes of torchrun, in place; of one process they stay as they are.
+
+    Any tensors will do: gradients, counts, means.
+    """
     if dist.is_initialized():
         flat = torch.nn.utils.parameters_to_vector(tensors)  # so that one message is enough
         dist.all_reduce(flat)
@@ -190,15 +195,17 @@ def update(
     loss="grpo",
     max_length=None,
 ):
-    """Stage 6: `mu` optimizer steps on one batch, each summed over micro-batches.
+    """`mu` optimizer steps on one batch, each summed over micro-batches.
 
-    logps(rows) -> [rows, C]: log-probs of the answers in the slice `rows` under the policy as it
-    is now, with gradient. slices: the micro-batches, which together are all N rows.
+    logps(rows): log-probs [n, C] of the n answers in `rows`, a slice of the N, under the policy as
+    it is now, with gradient
+    slices: the micro-batches, which together are all N answers
     -> {"kl", "clip_fraction": means per token; "grad_norm": before it is clipped to 1}
 
     Each loss is divided by the total of *all* micro-batches and processes. So gradients simply
-    add up, and neither the size of a micro-batch nor the number of processes changes the result.
-    Raises FloatingPointError, before the step is made, on a gradient that is not finite.
+    add up, and but for rounding neither the size of a micro-batch nor the number of processes
+    changes the result. Raises FloatingPointError, before the step is made, on a gradient that is
+    not finite.
     """
     counts = torch.tensor([batch.mask.sum(), len(batch.ids)], dtype=torch.float64)
     counts = counts.to(batch.mask.device)
@@ -225,13 +232,15 @@ def update(
                 total=total,
             )
             micro_loss.backward()
-            share = batch.mask[rows].sum() / tokens / mu  # of all tokens and updates
+            # Weighted by its share of all tokens and updates, each micro-batch's mean adds up to
+            # the mean over all of them.
+            share = batch.mask[rows].sum() / tokens / mu
             clip_fraction = stats["clip_high"] + stats["clip_low"]
             means += share * torch.tensor([stats["kl"], clip_fraction], device=means.device)
 
         add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        if not math.isfinite(norm):  # before the step, so that the adapters saved last stay good
+        if not math.isfinite(norm):  # before the step: the parameters are still good
             raise FloatingPointError("the gradient is not finite; start anew with a lower --lr")
         grad_norm += norm / mu
         optimizer.step()

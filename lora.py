@@ -73,7 +73,11 @@ def lora_layers(model):
 
 
 def language_linears(model):
-    """{dotted name: nn.Linear} of a model's language model; of an adapted layer, its base."""
+    """{dotted name: nn.Linear} of a model's language model.
+
+    A layer that has an adapter already is found under its own name, with its frozen base: a new
+    adapter is checked against it before the one that is there is taken off.
+    """
     linears = {}
     for name, module in model.named_modules():
         is_part_of_adapter = name.endswith((".lora_A", ".lora_B"))
@@ -266,7 +270,8 @@ def read_adapter_config(folder):
 def check_fit(folder, model, tensors, rank):
     """Raise ValueError where an adapter's tensors do not belong to this model, whole and exactly.
 
-    tensors {"<layer>.lora_A.weight": tensor, ...} as in the file -> names of the layers
+    tensors {"<layer>.lora_A.weight": tensor, ...}: the file's, without PEFT_PREFIX
+    -> names of the layers
     """
     if any(name.startswith("model.layers.") for name in tensors):
         raise ValueError(

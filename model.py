@@ -7,16 +7,17 @@ texts continue one photo. So there are two primitives, and everything else is ma
     branch = prefix.take(rows)             copies of its rows, one for each continuation
     hidden = mllm.extend(branch, ids)      continue each copy with tokens of its own
 
-    who                 reads once                             continues it with
+    who                 reads once a pass                      continues it with
     speaker             a photo and "Describe ..."             G descriptions, as it samples them
     policy, reference   a photo and "Describe ..."             the same G descriptions, scored
     listener            a photo and "Read this description:"   every description put to that photo
 
 A copy is a plain index into a tensor, and autograd knows how to go back through it: the gradients
-of all G continuations are summed into the one prefix. So log-probs and gradients are those of the
-plain model, which reads every row from its beginning.
+of all G continuations are summed into the one prefix. (DynamicCache detaches nothing and appends
+by torch.cat, so keys and values stay in autograd's graph.) So log-probs and gradients are those of
+the plain model, which reads every row from its beginning.
 
-Where it departs from the paper's research code and from what a checkpoint asks for:
+Where it departs from the RRG authors' research code and from what a checkpoint asks for:
 1. There is no second model and no server. Where LoRA is off (lora.py), this network is the
    listener and the reference policy.
 2. The vision tower is frozen, so a photo goes through it once, whatever is asked about it.
@@ -49,8 +50,9 @@ from data import DataError, Photo, one_line_errors
 from grpo import token_logps
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-ROWS = 128  # continuations in one pass without gradient: bounds the memory, changes no result
-LOGITS = 2**26  # logits that exist at once, in fp32 256 MB: likewise
+# These bound the memory and change no result.
+ROWS = 128  # photos that are read, and texts that continue them, in one pass of the listener
+LOGITS = 2**26  # logits that exist at once when answers are scored, in fp32 256 MB
 # Qwen2-VL's chat layout, for base checkpoints, which come without one.
 CHAT = (
     "{% for m in messages %}"
@@ -77,15 +79,14 @@ class Prefix:
 
     cache: DynamicCache  # per layer keys and values [B, heads, P, head size]
     mask: torch.Tensor  # [B, P], 0 on padding
-    # The position of the next token. Not P: padding does not count, and a photo of h x w tokens
-    # moves it on by max(h, w) only.
-    position: torch.Tensor  # [B]
+    position: torch.Tensor  # [B], of the next token; see `MLLM.prefill`
     last: torch.Tensor  # [B, D], the hidden state that predicts the next token
 
     def take(self, rows):
         """Copies of some rows, in any order and as often as wanted.   rows [N] -> Prefix of N rows
 
-        Gradients of the copies flow back to this prefix.
+        Gradients of the copies flow back to this prefix. `MLLM.extend` grows what it continues, so
+        take a copy of a prefix that is wanted again.
         """
         layers = [(layer.keys[rows], layer.values[rows]) for layer in self.cache.layers]
         return Prefix(DynamicCache(layers), self.mask[rows], self.position[rows], self.last[rows])
@@ -97,7 +98,7 @@ class Completions:
 
     ids: torch.Tensor  # [N, C]
     mask: torch.Tensor  # [N, C], true up to and including the token that ends the answer
-    logps: torch.Tensor | None  # [N, C], log-probs at the time of sampling
+    logps: torch.Tensor | None  # [N, C], log-probs at the time of sampling; None: not sampled
     texts: list[str]  # N
 
 
@@ -293,8 +294,10 @@ class MLLM:
             embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
             grids = torch.stack([photo.grid for photo in in_order])  # [photos, 3]
 
-        # Positions are always given: without them transformers silently counts in one dimension
-        # or reuses those of the last call.
+        # Positions have three axes, time, height and width. A word at place t is at (t, t, t); a
+        # photo of 2 x 3 tokens after it takes (t+1, t+1..t+2, t+1..t+3), and the next word is at
+        # t+4, one past the largest. They are always given: without them transformers silently
+        # counts in one dimension or reuses those of the last call.
         positions, _ = self.model.model.get_rope_index(  # [3, B, P]: time, height, width
             ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask
         )
@@ -316,8 +319,8 @@ class MLLM:
         """
         if mask is None:
             mask = torch.ones_like(ids)
-        # The same position along all three axes, as for any text. On padding one is repeated, but
-        # nothing attends to it.
+        # Words: one position for all three axes; the decoder spreads [N, T] over them. On padding
+        # the position before is repeated, but nothing attends to it.
         positions = prefix.position[:, None] + mask.cumsum(1) - 1  # [N, T]
         prefix.mask = torch.cat([prefix.mask, mask], 1)  # [N, P + T]
         prefix.position = prefix.position + mask.sum(1)  # [N]
@@ -341,7 +344,8 @@ class MLLM:
         """One answer of at most `max_tokens` tokens for each row of a prefix.   -> Completions
 
         At temperature 1, by uniforms [max_tokens, N]: random numbers in [0, 1), one for each token
-        that may be drawn. Without them greedily. The prefix grows by what was sampled.
+        that may be drawn. The caller draws them, so that an answer does not depend on how many
+        processes share the games. Without them greedily. The prefix grows on the way.
         """
         hidden = prefix.last  # [N, D]
         done = torch.zeros(len(hidden), dtype=torch.bool, device=self.device)  # [N]
@@ -390,7 +394,7 @@ class MLLM:
             texts += self.speak(part, max_tokens=max_tokens).texts
         return texts
 
-    def score(self, prompts, ids):
+    def log_probs(self, prompts, ids):
         """Log-probs of given answers under the model as it is now, with gradient.
 
         B prompts, ids [N, C] with N a multiple of B, a prompt's answers together -> [N, C]
@@ -421,8 +425,9 @@ class MLLM:
     def prefill_pairs(self, template, pairs):
         """Put texts to photos: pairs [(photo, text), ...], a text in the place of {text}.
 
-        Yields (some of the distinct pairs, the Prefix of their rows, which is about to answer)
-        until every pair has had its turn. With one photo, two texts and the listener's template:
+        Yields (distinct pairs, a Prefix with a row for each of them, to which `last` is the state
+        that predicts the answer's first token), some at a time, until every pair has had its turn.
+        With one photo, two texts and the listener's template:
 
             "<image>Read this description:"             read once, for the photo
             "a red mug. Does every part of it fit?"     continues a copy of it
@@ -481,7 +486,7 @@ class MLLM:
 
 
 class Clip:
-    """A CLIP that measures similarity, by the same two methods as MLLM, which is the default."""
+    """A CLIP that measures similarity: `embed` and `compare`, as MLLM has them, in its place."""
 
     def __init__(self, name, device):
         with one_line_errors(f"cannot load the CLIP model {name}", OSError, ValueError):

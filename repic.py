@@ -558,15 +558,17 @@ def train_step(mllm, tasks, optimizer, step, config):
     """Answer B tasks and learn from them.   -> (metrics, the first task with its answers)"""
     G = config.samples
     N = len(tasks) * G
-    size = config.micro * G  # whole tasks, so that a prompt is read once
+    # Micro-batches are whole tasks, so that a prompt is read once. (The last may reach beyond N,
+    # where slices end by themselves.)
+    size = config.micro * G
     micro_batches = [slice(first, first + size) for first in range(0, N, size)]
 
     # 1. Mine. The tasks were made before training.
     prompts = [Prompt(task.photos, task.text) for task in tasks]
 
     def logps(rows):
-        """Log-probs [rows, C] of the answers in these rows, under the model as it is now."""
-        return mllm.score(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
+        """Log-probs [n, C] of the answers in the slice `rows`, under the model as it is now."""
+        return mllm.log_probs(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
 
     # 2. Speak, with LoRA on. SFT is given its answers (departure 5).
     if config.sft:
@@ -574,8 +576,8 @@ def train_step(mllm, tasks, optimizer, step, config):
         with torch.no_grad():
             answers.logps = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
     else:
-        seed = config.seed * 1_000_003 + step  # no two pairs of seed and step are alike
-        uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [C, N]
+        seed = config.seed * 1_000_003 + step  # of no other step of any seed
+        uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
         answers = mllm.speak(prompts, G, config.max_tokens, uniforms)
 
     # 3 and 4. Nobody listens: a rule reads the answer and knows the solution.
@@ -686,7 +688,7 @@ def train(config, resume=False):
 
     if resume:
         state = folder.restore(mllm.model, optimizer)
-    else:  # B is still 0, so this measures the model as it came
+    else:  # every lora_B is still 0, so this measures the model as it came
         state = run.State(step=0, seconds=0.0, before=exam(mllm, tasks, config))
         folder.begin(mllm.device)
         folder.save(state, mllm.model, optimizer)

@@ -1,5 +1,5 @@
 """reward.py: what a description earns: the listener's belief in the right photo, and a little for
-its form.
+its form. (How little is a matter of the weights in rrg.py.)
 
 The speaker answers in three fields. The first is a note to itself, the other two are the
 description:
@@ -22,7 +22,7 @@ With rho_+, its belief in the hard positive, the description earns
 The gate: a wrong pick never pays. The share: once the pick is right, each further detail that
 rules out a look-alike still pays.
 
-Where it departs from the paper and its authors' research code:
+Where it departs from the RRG paper and its authors' research code:
 1. An answer is parsed strictly: three fields, in order, nothing around them. A malformed one
    earns nothing from the listener and is never shown to it. (The research code has four
    fallbacks, so malformed answers are paid.)
@@ -71,7 +71,10 @@ class Description:
 
 
 def parse(answer):
-    """Read an answer strictly.   -> Description, or None for a malformed answer (departure 1)"""
+    """Read an answer strictly.   -> Description, or None for a malformed answer (departure 1)
+
+    Nobody hears of a malformed answer, but `format_reward` still pays for its good fields.
+    """
     fields = [rf"<{name}>([^<>]*)</{name}>" for name in FIELD_REWARDS]
     found = re.fullmatch(r"\s*" + r"\s*".join(fields) + r"\s*", answer)
     if not found:
@@ -93,9 +96,9 @@ def quoted(text, markers=()):
     """A description as it is put to a reader: between quotation marks that it cannot close.
 
     Otherwise a speaker could learn to end the question and say yes itself. `markers` are the
-    texts that the tokenizer treats as special. They, angle brackets, quotation marks and line
-    breaks give way to spaces or apostrophes: to a space, not to nothing, so that the pieces
-    around a marker cannot form a new one.
+    texts that the tokenizer treats as special. A quotation mark becomes an apostrophe; a marker,
+    an angle bracket or a line break becomes a space. (Not nothing, or the pieces around a marker
+    could form a new one.)
     """
     for marker in sorted(markers, key=len, reverse=True):  # one marker may contain another
         text = text.replace(marker, " ")
@@ -111,8 +114,9 @@ def belief(logits, yes, no):
     The listener is never sampled: what it would say first is all that is asked.
     """
     logits = logits.float()
-    log_yes = logits[:, yes].logsumexp(-1)  # [N], log P(yes) but for softmax's denominator,
-    log_no = logits[:, no].logsumexp(-1)  # which cancels in the difference
+    # log P(yes) and log P(no), but for softmax's denominator, which cancels in the difference.
+    log_yes = logits[:, yes].logsumexp(-1)  # [N]
+    log_no = logits[:, no].logsumexp(-1)  # [N]
     return torch.sigmoid(log_yes - log_no)
 
 
@@ -147,7 +151,8 @@ def listener_reward(beliefs, positive, kind="soft_gated"):
 def format_reward(answer):
     """0.34 + 0.33 + 0.33 for a well-formed thinking, coarse and detailed field.
 
-    A field is well formed if it is there once, is not empty and has no tag inside.
+    A field is well formed if it is there once, is not empty and has no tag inside. So part of the
+    way to an answer that can be parsed pays, too.
     """
     reward = 0.0
     for name, worth in FIELD_REWARDS.items():
@@ -168,6 +173,7 @@ def length_reward(description):
     coarse_words = len(description.coarse.split())
     detailed_words = len(description.detailed.split())
     # A sentence ends at .!? before a space or the end: not within 1.5. ("No. 5" is counted wrong.)
+    # The last stop is made exactly one, so that "..." is one end, and none is one, too.
     ends = re.findall(r"[.!?](?=\s|$)", description.detailed.rstrip(".!? ") + ".")
 
     coarse_fits = 5 <= coarse_words <= 6

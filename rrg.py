@@ -9,8 +9,8 @@
     5 advantage  how much better a description is than its G - 1 siblings              (grpo.py)
     6 update     make the better ones likelier, close to the model without LoRA        (grpo.py)
 
-A claim about the background fails on the hard positive, which was taken elsewhere; a vague
-description fits the hard negatives too. What remains is what identifies.
+A claim about the background fails on the hard positive, which was most likely taken elsewhere; a
+vague description fits the hard negatives too. What remains is what identifies.
 
     python rrg.py                                                   # toy world, CPU, 40 seconds
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/  # real photos, one GPU
@@ -19,13 +19,17 @@ description fits the hard negatives too. What remains is what identifies.
 
 Read `train_step` first: it is the six stages. `train` is the loop around it.
 
-Where it departs from the paper and its authors' research code:
+Source: RRG, Personalizing MLLMs via Reinforced Multimodal Reference Game (ECCV 2026), which these
+files call the paper, and its authors' research code.
+
+Where it departs from them:
 1. Everything is "prefill once, continue many" (model.py).
-2. The listener is this network with LoRA off, and is asked each question only once.
+2. The listener is this network with LoRA off, and is asked each question once a step.
 3. The vision tower is frozen (lora.py).
 4. Sampling is plain: temperature 1, nothing cut off (model.py).
 
-Shapes: B games, G descriptions of each, N = B*G rows, K photos in a pool, C tokens of an answer.
+Shapes: B games, G descriptions of each, N = B*G rows, K photos in a pool, C tokens of the longest
+answer.
 """
 
 import random
@@ -45,6 +49,8 @@ from run import option
 
 
 # ---------------------------------------------------------------------------------- the settings
+# Each field is an option of the command line: option(default, help, toy=the default for the toy
+# model, least=the smallest number allowed).
 @dataclass
 class LearnerConfig:
     """What is trained, on what, and how: the settings that repic.py shares."""
@@ -67,7 +73,7 @@ class LearnerConfig:
     steps: int = option(125, "training steps", toy=60, least=1)
     games: int = option(16, "B, games or prompts a step", toy=12, least=1)
     samples: int = option(8, "G, answers to each", least=2)
-    max_tokens: int = option(128, "C, longest answer, in tokens", toy=56, least=1)
+    max_tokens: int = option(128, "longest possible answer, in tokens", toy=56, least=1)
     # --- the learner ---
     lr: float = option(1e-5, "learning rate, reached after the warm-up; falls to 0", toy=5e-4)
     warmup: int = option(10, "steps of warm-up")
@@ -89,7 +95,11 @@ class LearnerConfig:
         401408, "photos are shrunk to this; 401408 is 512 image tokens", toy=20736
     )
     # --- measuring and saving ---
-    eval_games: int = option(100, "held-out games, or tasks of each kind, of either part", least=1)
+    eval_games: int = option(
+        100,
+        "held-out games (in repic.py tasks of each kind), of seen and unseen categories",
+        least=1,
+    )
     save_every: int = option(25, "steps between two saves of the state", least=1)
 
 
@@ -135,12 +145,12 @@ def read_settings(argv=None):
 
 
 # Columns of metrics.csv, in words; all are means over the answers of the step unless they say
-# otherwise. The second table is about the learner, and repic.py shares it.
+# otherwise. The first table is about the learner, and repic.py shares it.
 LEARNER_METRICS = {
     "nll": "minus the mean log-probability of an answer's tokens: an estimate of the entropy",
     "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
     "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update per step",
-    "zero_std_groups": "share of games whose answers all earned the same, and so teach nothing",
+    "zero_std_groups": "share of games whose answers all earned the same: no advantage, only KL",
     "distinct": "share of different texts among the G answers of a game",
     "completion_length": "tokens an answer",
     "grad_norm": "norm of the gradient before it is clipped to 1",
@@ -161,7 +171,7 @@ METRICS = {
     "leakage": "toy only: share of answers that mention place, pose or light",
     **LEARNER_METRICS,
 }
-# What result.json calls the means of some columns over greedy answers in held-out games.
+# What result.json calls the means of some columns of `score` over greedy answers in held-out games.
 HELD_OUT = {
     "identification": "listener_accuracy",
     "oracle": "oracle",
@@ -182,9 +192,11 @@ class Games:
 
 
 def picture_side(mllm):
-    """Pixels of a toy picture: what the toy's tower was made for, or 8 x 8 tokens of a real one."""
-    is_toy = mllm.config.vision_config.patch_size == toy.PATCH
-    return toy.SIDE if is_toy else 224
+    """Pixels of a toy picture: what the toy's tower is made for, or 8 x 8 tokens of a real tower."""
+    patch = mllm.config.vision_config.patch_size
+    if patch == toy.PATCH:
+        return toy.SIDE
+    return 8 * 2 * patch  # a token is two by two patches
 
 
 def load_world(mllm, folder, seed):
@@ -262,8 +274,8 @@ def listen(mllm, games, descriptions):
 def score(games, texts, descriptions, beliefs, config):
     """Stage 4: what each of N answers earned, and how.   -> {column: float64 [N]}
 
-    texts, descriptions: N, G in a row for each game; beliefs [N, K] from `listen`. Columns are
-    those of METRICS, and in the toy world what is true of the descriptions.
+    texts, descriptions: N, G in a row for each game; beliefs [N, K] from `listen`. In the toy world
+    there are columns of what is true of the descriptions, too.
     """
     per_game = len(texts) // len(games)
     positive = torch.tensor([game.positive for game in games])  # [B]
@@ -299,8 +311,9 @@ def train_step(mllm, games, optimizer, step, config):
     prompts = [Prompt([game.target], SPEAK) for game in games]
 
     # 2. Speak, with LoRA on.
-    seed = config.seed * 1_000_003 + step  # no two pairs of seed and step are alike
-    uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [C, N]
+    seed = config.seed * 1_000_003 + step  # of no other step of any seed
+    # Each process draws the numbers of all games and keeps those of its own.
+    uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
     answers = mllm.speak(prompts, G, config.max_tokens, uniforms)  # N rows, G in a row a game
     descriptions = [parse(text) for text in answers.texts]  # None: a malformed answer
 
@@ -308,19 +321,21 @@ def train_step(mllm, games, optimizer, step, config):
     with lora_off(mllm.model, when=config.listener == "frozen"):
         beliefs = listen(mllm, games, descriptions)  # [N, K]
 
-    # 4. Reward. A wrong pick pays nothing, a right one its share of all belief.
+    # 4. Reward. By default a wrong pick pays nothing, a right one its share of all belief.
     scores = score(games, answers.texts, descriptions, beliefs, config)  # {column: [N]}
 
     # 5. Advantage. The siblings are the baseline.
-    rewards = scores["reward"].float().view(-1, G)  # [B, G]
+    rewards = scores["reward"].float().view(-1, G)  # [B, G], in fp32 like all that is learned from
     advantages = group_advantages(rewards, std_floor=config.std_floor).flatten()  # [N]
 
     # 6. Update. The reference policy is the same network with LoRA off.
     def logps(rows):
-        """Log-probs [rows, C] of the answers in these rows, under the model as it is now."""
-        return mllm.score(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
+        """Log-probs [n, C] of the answers in the slice `rows`, under the model as it is now."""
+        return mllm.log_probs(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
 
-    size = config.micro * G  # whole games, so that a prompt is read once
+    # Micro-batches are whole games, so that a prompt is read once. (The last may reach beyond N,
+    # where slices end by themselves.)
+    size = config.micro * G
     micro_batches = [slice(first, first + size) for first in range(0, N, size)]
     with torch.no_grad(), lora_off(mllm.model):
         reference = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
@@ -394,7 +409,10 @@ def summarise(scores, texts, samples):
 
 # -------------------------------------------------------------------------------------- the exam
 def play_greedily(mllm, games, config):
-    """One greedy description in each held-out game.   -> rows as in `answer_rows`"""
+    """One greedy description in each held-out game.   -> rows as in `answer_rows`, in their order
+
+    Each process plays its part.
+    """
     games = run.my_part(games)
     rows = []
     if games:
@@ -425,7 +443,12 @@ def spread_out(kinds, count):
 
 
 def exam(mllm, games, config):
-    """Play the held-out games.   -> {"figures": for result.json, "examples": six games}"""
+    """Play the held-out games.   -> {"figures", "examples"}
+
+    figures {name: fraction, ..., "unseen": the same of unseen categories}; examples: six games of
+    seen ones, each with the description and the listener's beliefs. result.json has the figures of
+    the two exams as "before" and "after", and their examples so under "examples".
+    """
     rows = play_greedily(mllm, games.seen, config)
     figures = held_out_figures(rows)
     figures["unseen"] = None
@@ -472,7 +495,7 @@ def train(config, resume=False):
 
     if resume:
         state = folder.restore(mllm.model, optimizer)
-    else:  # B is still 0, so this measures the model as it came
+    else:  # every lora_B is still 0, so this measures the model as it came
         state = run.State(step=0, seconds=0.0, before=exam(mllm, games, config))
         folder.begin(mllm.device)
         folder.save(state, mllm.model, optimizer)

@@ -6,8 +6,8 @@ machine and without its weights.
         --heads 28 --kv-heads 4 --vocabulary 152064                       # 7B
 
 The model is built on PyTorch's meta device, where tensors have shapes and no content. A prompt is
-read and continued by its G answers as MLLM.score does it, and everything that autograd keeps for
-the backward pass is added up. What this leaves out: CUDA's own share (about half a GB),
+read and continued by its G answers as MLLM.log_probs does it, and everything that autograd keeps
+for the backward pass is added up. What this leaves out: CUDA's own share (about half a GB),
 fragmentation, and buffers that live for a moment; so allow a few GB more.
 
 Shapes: B games, N = B*G answers, P prompt tokens, C tokens of an answer, V vocabulary, D width.
@@ -114,7 +114,7 @@ def new_positions(rows, tokens):
 
 
 def kept_bytes(model, sizes, games):
-    """Bytes that autograd keeps of B = `games` prompts and their G answers, as in MLLM.score."""
+    """Bytes that autograd keeps of B = `games` prompts and their answers, as in MLLM.log_probs."""
     decoder = model.model.language_model
     prompt_tokens = sizes.image_tokens + PROMPT_WORDS  # P
     N = games * sizes.samples

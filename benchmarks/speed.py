@@ -220,7 +220,7 @@ class OurWay(Way):
         """Log-probs [rows, C] of the answers in these rows, with gradient."""
         G = self.options.samples
         prompts = self.work.prompts[rows.start // G : rows.stop // G]
-        return self.mllm.score(prompts, self.work.answers.ids[rows])
+        return self.mllm.log_probs(prompts, self.work.answers.ids[rows])
 
 
 class UsualWay(Way):

@@ -40,7 +40,7 @@ def test_sampling_scoring_and_the_plain_model_agree(random_mllm, photos):
     """Three picture sizes, so left padding; four answers each, so shared prefixes."""
     prompts = prompts_about(photos)
     answers = random_mllm.speak(prompts, samples=4, max_tokens=12, uniforms=uniforms(12, 12, 1))
-    scored = random_mllm.score(prompts, answers.ids)
+    scored = random_mllm.log_probs(prompts, answers.ids)
     assert answers.mask.shape == answers.ids.shape == scored.shape
     assert torch.allclose(scored[answers.mask], answers.logps[answers.mask], atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_several_photos_in_a_prompt_are_read_as_the_plain_model_reads_them(rando
         Prompt([narrow, small, tall], "red mug"),
     ]
     ids = random_ids(6, 5)
-    scored = random_mllm.score(prompts, ids)
+    scored = random_mllm.log_probs(prompts, ids)
     for row in range(6):
         logps = plain_logps(random_mllm, prompts[row // 2], ids[row])
         assert torch.allclose(logps, scored[row], atol=1e-5)
@@ -124,7 +124,7 @@ def test_qwen25_vl_plays_too(tmp_path, photos):
 
     prompts = prompts_about(photos)
     ids = random_ids(3, 6)
-    scored = mllm.score(prompts, ids)
+    scored = mllm.log_probs(prompts, ids)
     for row in range(3):
         logps = plain_logps(mllm, prompts[row], ids[row])
         assert torch.allclose(logps, scored[row], atol=1e-5)
@@ -154,10 +154,10 @@ def test_gradients_through_the_shared_prefix_equal_the_plain_ones(random_mllm, p
     one_by_one = []
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
-        one_by_one.append(random_mllm.score(prompts[i : i + 1], ids[rows]))
+        one_by_one.append(random_mllm.log_probs(prompts[i : i + 1], ids[rows]))
     one_by_one = gradient(torch.cat(one_by_one))
 
-    shared = gradient(random_mllm.score(prompts, ids))
+    shared = gradient(random_mllm.log_probs(prompts, ids))
     tolerance = 1e-4 * plain.abs().max().item()
     assert torch.allclose(shared, plain, atol=tolerance)
     assert torch.allclose(shared, one_by_one, atol=tolerance)

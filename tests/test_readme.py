@@ -107,6 +107,8 @@ def test_its_exercises_run(newcomer, command, tmp_path, monkeypatch):
     "command",
     [
         "benchmarks/speed.py --rounds 1 --games 4 --max-tokens 8 --grow {}/growth.svg",
+        "benchmarks/speed.py --ideas --rounds 1 --games 4 --max-tokens 8",
+        "benchmarks/speed.py --sharing --rounds 1 --max-tokens 8",
         "benchmarks/memory.py",
         "toy-qwen2-vl/make.py --pictures 400 --vision-steps 2 --language-steps 2 --out {}/toy",
         "toy-qwen2-vl/make.py --card",

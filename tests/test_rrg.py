@@ -471,9 +471,9 @@ def test_what_the_update_is_given(learner, monkeypatch):
     prompts = prompts_about([game.target for game in learner.games])
     mllm = learner.mllm
     with torch.no_grad():
-        policy = mllm.score(prompts, batch.ids)
+        policy = mllm.log_probs(prompts, batch.ids)
         with lora.lora_off(mllm.model):
-            reference = mllm.score(prompts, batch.ids)
+            reference = mllm.log_probs(prompts, batch.ids)
     mask = batch.mask
     assert not torch.allclose(policy[mask], reference[mask], atol=1e-2)
     assert torch.allclose(batch.old_logps[mask], policy[mask], atol=1e-4)
