@@ -275,6 +275,8 @@ class MLLM:
         texts [B]: in the layout of `chat`, with an image marker for each photo
         photos [B]: the list of photos of each prompt, which may be empty
         """
+        # Photos that are new go through the tower together.
+        self.encode_photos([photo for of_prompt in photos for photo in of_prompt])
         # Words: token ids, in which a photo takes as many places as it has image tokens.
         encoded = [self.encode_photos(of_prompt) for of_prompt in photos]
         texts = [

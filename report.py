@@ -23,6 +23,7 @@ import io
 import json
 import pathlib
 import re
+import shlex
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ def read_run(folder):
     if not (folder / "result.json").is_file():
         raise DataError(
             f"{folder} holds no finished run; to finish one: "
-            f"python {script} --out {folder} --resume"
+            f"python {script} --out {shlex.quote(str(folder))} --resume"
         )
 
     if method == "rrg":

@@ -33,6 +33,7 @@ answer.
 """
 
 import random
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -96,9 +97,7 @@ class LearnerConfig:
     )
     # --- measuring and saving ---
     eval_games: int = option(
-        100,
-        "held-out games (in repic.py tasks of each kind), of seen and unseen categories",
-        least=1,
+        100, "held-out games, or tasks of a kind, of seen categories and as many unseen", least=1
     )
     save_every: int = option(25, "steps between two saves of the state", least=1)
 
@@ -192,7 +191,7 @@ class Games:
 
 
 def picture_side(mllm):
-    """Pixels of a toy picture: what the toy's tower is made for, or 8 x 8 tokens of a real tower."""
+    """Pixels of a toy picture: as the toy's tower wants them, or 8 x 8 tokens of a real tower."""
     patch = mllm.config.vision_config.patch_size
     if patch == toy.PATCH:
         return toy.SIDE
@@ -283,8 +282,9 @@ def score(games, texts, descriptions, beliefs, config):
     listener, picked_right = listener_reward(beliefs, positive, config.reward)
 
     listener = listener.double()
-    form = torch.tensor([format_reward(text) for text in texts]).double()
-    length = torch.tensor([length_reward(description) for description in descriptions]).double()
+    form = torch.tensor([format_reward(text) for text in texts], dtype=torch.float64)
+    lengths = [length_reward(description) for description in descriptions]
+    length = torch.tensor(lengths, dtype=torch.float64)
     parsed = torch.tensor([description is not None for description in descriptions]).double()
     reward = (
         config.listener_weight * listener
@@ -583,7 +583,8 @@ def print_where(result, out):
         f"\n{result['seconds']:.0f} s of training. In {out}/: metrics.csv, samples.jsonl, "
         "result.json, and the speaker in adapter/"
     )
-    print(f"To see what its descriptions are worth, as one page: python report.py {out}")
+    command = shlex.join(["python", "report.py", str(out)])
+    print(f"To see what its descriptions are worth, as one page: {command}")
 
 
 def main():

@@ -58,7 +58,12 @@ def join_processes():
     rank, _ = ranks()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        draw_bar = tqdm.__init__
+
+        def draw_no_bar(bar, *args, **settings):
+            draw_bar(bar, *args, **(settings | {"disable": True}))
+
+        tqdm.__init__ = draw_no_bar
 
 
 def ranks():
@@ -187,13 +192,11 @@ def fill_in(cls, given, is_toy):
         for field in dataclasses.fields(cls):
             if field.metadata["toy"] is not None:
                 values[field.name] = field.metadata["toy"]
-    settings = cls(**(values | given))
-
     for field in dataclasses.fields(cls):
         least = field.metadata["least"]
-        if least is not None and getattr(settings, field.name) < least:
+        if least is not None and given.get(field.name, least) < least:
             raise DataError(f"{flag(field.name)} must be at least {least}")
-    return settings
+    return cls(**(values | given))
 
 
 def default_folder():
@@ -217,7 +220,8 @@ def load_json(file):
 def saved_settings(cls, folder):
     """The settings that the run in a folder was started with.   -> cls"""
     file = pathlib.Path(folder) / "config.json"
-    with one_line_errors(f"{file} is of another version or script", TypeError, KeyError):
+    message = f"{file} is of another version or script; give the --out of a run of this one"
+    with one_line_errors(message, TypeError, KeyError):
         return cls(**load_json(file)["settings"])
 
 
@@ -232,7 +236,7 @@ def resumed_settings(cls, given):
         raise DataError(f"nothing to resume: {folder} has no state.pt")
     settings = saved_settings(cls, folder)
     settings.out = folder
-    settings.micro = given.get("micro", settings.micro)
+    settings.micro = max(1, given.get("micro", settings.micro))
     for name, now in given.items():
         was = getattr(settings, name)
         if was != now:
@@ -368,7 +372,7 @@ class Folder:
                 row[name] = f"{sum(values) / len(values):.6g}"
 
         shown = [name for name in ("reward", "listener_accuracy", "nll", "kl") if name in metrics]
-        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown})
+        self.bar.set_postfix({name: f"{float(row[name]):.3f}" for name in shown})
         if not self.writes:
             return
         with open(self.path / "metrics.csv", "a", newline="") as file:
@@ -399,18 +403,23 @@ def main(program, resumable=False):
     resumable: it is a training run, which --resume goes on with.
     """
     go_on = ""
+    less_memory = "lower --max-pixels"
     if resumable:
         go_on = "; a run that has saved a state goes on with --resume, to the same numbers"
+        less_memory = (
+            "lower --micro to 1, which changes no result (also with --resume), else --max-pixels "
+            "or --samples"
+        )
     try:
-        join_processes()
+        if resumable:
+            join_processes()
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DataError("torchrun is for training; start this script by itself")
         program()
     except (DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(
-            "error: out of GPU memory; lower --micro to 1, which changes no result (also with "
-            "--resume), else --max-pixels or --samples"
-        )
+        sys.exit(f"error: out of GPU memory; {less_memory}")
     except OSError as error:  # a full disk, a folder that may not be written
         sys.exit(f"error: {error}{go_on}")
     except KeyboardInterrupt:

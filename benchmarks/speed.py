@@ -177,7 +177,7 @@ class Way:
     def reference(self):
         """Log-probs of the answers with LoRA off.   -> [N, C]"""
         with torch.no_grad(), lora_off(self.mllm.model):
-            return torch.cat([self.score(rows) for rows in self.work.micro_batches])
+            return torch.cat([self.log_probs(rows) for rows in self.work.micro_batches])
 
     def update(self, reference):
         """The gradient of the loss.   reference [N, C] -> the loss"""
@@ -185,7 +185,7 @@ class Way:
         total = 0.0
         for rows in self.work.micro_batches:
             loss, _ = grpo_loss(
-                self.score(rows),
+                self.log_probs(rows),
                 answers.logps[rows],
                 reference[rows],
                 self.work.advantages[rows],
@@ -216,7 +216,7 @@ class OurWay(Way):
         with lora_off(self.mllm.model):
             return self.mllm.believe(self.work.pairs)
 
-    def score(self, rows):
+    def log_probs(self, rows):
         """Log-probs [rows, C] of the answers in these rows, with gradient."""
         G = self.options.samples
         prompts = self.work.prompts[rows.start // G : rows.stop // G]
@@ -289,7 +289,7 @@ class UsualWay(Way):
                 beliefs.append(reward.belief(output.logits[:, -1], mllm.yes, mllm.no))
         return torch.cat(beliefs).cpu()
 
-    def score(self, rows):
+    def log_probs(self, rows):
         """Log-probs [rows, C] of the answers in these rows, with gradient."""
         ids = self.work.answers.ids[rows]
         inputs = self.inputs(self.prompts[rows])

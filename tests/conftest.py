@@ -74,6 +74,14 @@ def toy_mllm():
     return MLLM(str(toy.FOLDER), TOY.max_pixels)
 
 
+@pytest.fixture(autouse=True)
+def forget_photos(request):
+    """Photos of different toy worlds have the same names, by which the toy model remembers them."""
+    yield
+    if "toy_mllm" in request.fixturenames:
+        request.getfixturevalue("toy_mllm").features.clear()
+
+
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory):
     """An untrained toy model whose checkpoint asks for sampling that makes all samples the same,

@@ -39,7 +39,7 @@ def shrink_world(monkeypatch, concepts):
 
 
 def options_of(**given):
-    return evaluate.fill_in(evaluate.Options, {"max_tokens": 64} | given)
+    return evaluate.fill_in_assistant(evaluate.Options, {"max_tokens": 64} | given)
 
 
 def all_but_first(concepts):
