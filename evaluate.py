@@ -779,7 +779,7 @@ def reader_figures(mllm, embedder, row, benchmark, options):
     return figures
 
 
-def save(result, row, root, out):
+def save_row(result, row, root, out):
     """Write the table so far, and a row's descriptions next to it."""
     write_json(out, result)
     file = pathlib.Path(out)
@@ -820,7 +820,7 @@ def table(mllm, embedder, options, models):
         print(f"evaluating {row.name}")
         result["rows"][row.name] = reader_figures(mllm, embedder, row, benchmark, options)
         if options.out:
-            save(result, row, benchmark.root, options.out)
+            save_row(result, row, benchmark.root, options.out)
     return result
 
 

@@ -122,7 +122,7 @@ def read_settings(argv=None):
     return config, False
 
 
-def family(kind):
+def task_family(kind):
     """single_ict and multi_ict are both ict: they share their wordings and their rule."""
     return kind.split("_")[-1]
 
@@ -132,7 +132,7 @@ def shares_of_kinds(config):
     left_out = ("oct", "vlt") if config.sft else (config.without,)
     shares = {}
     for kind, share in zip(KINDS, config.mix.split(","), strict=True):
-        shares[kind] = 0.0 if family(kind) in left_out else float(share)
+        shares[kind] = 0.0 if task_family(kind) in left_out else float(share)
     return shares
 
 
@@ -235,7 +235,7 @@ class Task:
         }
 
 
-def phrase(concept):
+def phrase_for(concept):
     """What a concept is called by somebody who does not know its name: what it looks like in the
     toy world, else its category."""
     truth = concept.photos[0].truth
@@ -264,7 +264,7 @@ def draw_views(concepts, rng):
 
 
 @dataclass
-class Scene:
+class NamedScene:
     """A collage of concepts, the first of which is the one that is asked about."""
 
     photo: Photo
@@ -273,14 +273,14 @@ class Scene:
 
 
 def make_scene(concepts, views, side, seed):
-    """Put the `shown` views of some concepts into one picture.   -> Scene"""
+    """Put the `shown` views of some concepts into one picture.   -> NamedScene"""
     photos = [views[concept.name].shown for concept in concepts]
     photo, boxes = collage(photos, side, seed)
     placed = []  # (in the lower row?, left edge, Named)
     for concept, of_concept, (left, top, _, _) in zip(concepts, photos, boxes, strict=True):
         placed.append((top >= side, left, Named(tag(concept.name), of_concept)))
     placed.sort(key=lambda entry: entry[:2])
-    return Scene(photo, boxes[0], [named for _, _, named in placed])
+    return NamedScene(photo, boxes[0], [named for _, _, named in placed])
 
 
 @dataclass
@@ -317,9 +317,9 @@ def make_oct_task(draw):
 
 def make_vlt_task(draw):
     """Where in this picture is the ...?"""
-    wanted = phrase(draw.concept)
+    wanted = phrase_for(draw.concept)
     # Another concept that the same phrase fits would be a second right answer.
-    different = [other for other in draw.others if phrase(other) != wanted]
+    different = [other for other in draw.others if phrase_for(other) != wanted]
     shown = [draw.concept, *different[: draw.rng.choice([1, 2, 3, 3])]]
     scene = make_scene(shown, draw_views(shown, draw.rng), draw.side, draw.seed)
     size = collage_size(draw.side)
@@ -383,7 +383,7 @@ def make_tasks(concepts, shares, count, side, seed):
     for number, kind in enumerate(kinds):
         rng = random.Random(f"task {seed} {number}")
         concept, *others = rng.sample(concepts, len(concepts))
-        template = rng.choice(PROMPTS[family(kind)])
+        template = rng.choice(PROMPTS[task_family(kind)])
         draw = Draw(concept, others, template, side, f"{seed} {number}", rng)
         tasks.append(MAKERS[kind](draw))
     return tasks

@@ -49,7 +49,7 @@ class Sizes:
     max_tokens: int = option(128, "C, tokens of an answer")
 
 
-def new_model(sizes):
+def empty_model(sizes):
     """A Qwen2-VL of these sizes in bf16 with adapters, without content."""
     ends = {"bos_token_id": 151643, "eos_token_id": 151645}
     tied = sizes.width < 2048  # the small models have one matrix for embeddings and lm_head
@@ -156,7 +156,7 @@ def kept_bytes(model, sizes, games):
 
 def main():
     sizes = Sizes(**run.read_options(Sizes, __doc__))
-    model = new_model(sizes)
+    model = empty_model(sizes)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - adapters
     frozen_bytes = 2 * frozen  # bf16

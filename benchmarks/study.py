@@ -365,7 +365,7 @@ class Study:
                 values[seed] = float(line[figure])
         return values
 
-    def mean(self, row, figure, form=".1%"):
+    def mean_text(self, row, figure, form=".1%"):
         """Mean ± standard deviation of a row's figure, in words."""
         return spread(list(self.values(row, figure).values()), form)
 
@@ -435,7 +435,7 @@ def print_held_out(study, row, names):
         rows[name] = []
         for part in PARTS:
             for when in ("before", "after"):
-                rows[name].append(study.mean(row, f"{part}_{name}_{when}"))
+                rows[name].append(study.mean_text(row, f"{part}_{name}_{when}"))
     print_table(f"{row}, held out", columns, rows)
 
 
@@ -449,8 +449,8 @@ def print_gains(study):
         cells = []
         for part in PARTS:
             figure = f"{part}_{name}"
-            cells.append(study.mean("base", figure, form))
-            cells.append(study.mean("RRG", figure, form))
+            cells.append(study.mean_text("base", figure, form))
+            cells.append(study.mean_text("RRG", figure, form))
             cells.append(spread(study.gaps("RRG", "base", figure), "+" + form))
         rows[name.replace("_", " ")] = cells
     print_table("", seen + unseen, rows)
@@ -460,7 +460,7 @@ def print_all_rows(study, part):
     """Everything side by side, of seen or of unseen categories."""
     rows = {}
     for row, lines in study.lines.items():
-        cells = [study.mean(row, f"{part}_{column.figure}") for column in COLUMNS]
+        cells = [study.mean_text(row, f"{part}_{column.figure}") for column in COLUMNS]
         rows[row] = [str(len(lines)), *cells]
     titles = [column.title for column in COLUMNS]
     print_table(f"{part} categories", ["seeds", *titles], rows)

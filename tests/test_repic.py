@@ -101,7 +101,7 @@ def test_localization_asks_for_one_box(concepts):
         wanted = [
             named.photo
             for named in task.shown
-            if repic.phrase(owner[named.photo.name]) in task.text
+            if repic.phrase_for(owner[named.photo.name]) in task.text
         ]
         [photo] = wanted
         assert scene.load().crop(box).getpixel((5, 5)) == photo.load().getpixel((0, 0))

@@ -512,7 +512,7 @@ class PhotoTasks:
         """What a description claims besides the category."""
         return self.rng.sample(MENTIONED, self.rng.randint(0, self.max_claims))
 
-    def describe(self, truth):
+    def quoted_description(self, truth):
         """A random description, between quotation marks."""
         return f'"{description(truth, self.random_kinds())}"'
 
@@ -564,7 +564,7 @@ class PhotoTasks:
         same = self.rng.random() < 0.5
         described = other_photo if same else self.foil(truth)
         answer = {"Reasoning": self.reasoning(truth), "Answer": "Yes" if same else "No"}
-        return Example(self.describe(described), json.dumps(answer))
+        return Example(self.quoted_description(described), json.dumps(answer))
 
     def captioning(self, truth, other_photo):
         """One to three named candidates: which one is it, and a caption with its name."""
@@ -582,7 +582,7 @@ class PhotoTasks:
             names.append(self.name(candidate, number))
         lines = []
         for i, candidate in enumerate(candidates):
-            lines.append(f"{'ABC'[i]}. {self.describe(candidate)} is {names[i]}")
+            lines.append(f"{'ABC'[i]}. {self.quoted_description(candidate)} is {names[i]}")
 
         answer = {
             "Reasoning": self.reasoning(truth),
@@ -595,7 +595,7 @@ class PhotoTasks:
         """A question about place, pose or light, with two options."""
         question = quiz(truth, self.rng.choice(VIEW), self.rng)
         lines = [
-            f"{name}: {self.describe(other_photo)}",
+            f"{name}: {self.quoted_description(other_photo)}",
             question.text.format(name),
             f"A. {question.options['A']}",
             f"B. {question.options['B']}",
