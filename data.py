@@ -23,8 +23,8 @@ Layouts that `load_concepts` reads, told apart by the folders that the photos li
 
 Where it departs from the RRG paper and its authors' research code:
 1. Each game is drawn with a generator of its own, seeded by a text such as "game 0 mug/1.jpg" and
-   never by Python's hash(): the same seed makes the same games on every machine, and a photo
-   more or less does not draw the others anew.
+   never by Python's hash(): the same seed makes the same games on every machine, and adding or
+   removing a photo leaves the random draws of all other games as they were.
 2. If a category has too few concepts for K - 1 negatives, the pool is filled up from other
    categories, and the number of such games is reported.
 3. Concepts are split, not photos: some concepts, and of four categories or more some whole
@@ -357,8 +357,9 @@ def split_concepts(concepts, seed, unseen=None):
             unseen = rng.sample(categories, max(1, len(categories) // 6))
     shuffled = rng.sample(concepts, len(concepts))
 
-    # Deal one concept of each category a round. The last ones dealt are the test set, so it takes
-    # from the largest categories first, and from equally large ones in turn.
+    # Order by rounds: the first concept of every category, then the second of every one, and so
+    # on. Only large categories reach the late rounds, and the end of the list is the test set: it
+    # takes from the largest categories first, and from equally large ones in turn.
     dealt = Counter()
     rounds = []  # (round, category, concept)
     for concept in shuffled:

@@ -53,8 +53,8 @@ def group_advantages(rewards, *, std_floor=0.0):
 
     centred = rewards - rewards.mean(-1, keepdim=True)  # [B, G]
     std = rewards.std(-1, keepdim=True).clamp(min=std_floor)  # [B, 1]
-    # Of eight rewards of 0.7 each minus their mean is 6e-8 in fp32, not 0, and Adam, which divides
-    # by the gradient's own size, could make a step of it. So such groups are set to 0.
+    # With eight rewards of 0.7, r - mean r is 6e-8 in fp32, not 0, and Adam, which divides by the
+    # gradient's own size, could make a step of it. So such groups are set to 0.
     all_equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # [B, 1]
     return (centred / (std + 1e-4)).masked_fill(all_equal, 0.0)  # [B, G]
 
@@ -74,8 +74,9 @@ def kl_k3(logp, ref_logp):
 
     It is never negative. (Plain -d has the same mean, but is often negative and varies more.)
     Its value estimates KL(policy || reference). As a loss its gradient is
-    (1 - ref / pi) grad log pi. Over tokens drawn from pi the 1 averages to 0, and the rest to
-    -E_ref[grad log pi], the gradient of KL(reference || policy). The paper uses it so.
+    (1 - ref / pi) grad log pi. Averaged over tokens drawn from pi, E_pi[grad log pi] = 0 and
+    E_pi[ref / pi grad log pi] = E_ref[grad log pi]. What is left, -E_ref[grad log pi], is the
+    gradient of KL(reference || policy). The paper uses it so.
     """
     d = ref_logp - logp
     return d.exp() - d - 1
@@ -179,7 +180,7 @@ def add_up(tensors):
     if dist.is_initialized():
         flat = torch.nn.utils.parameters_to_vector(tensors)  # so that one message is enough
         dist.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat, tensors)
+        torch.nn.utils.vector_to_parameters(flat, tensors)  # sets the .data of each tensor
 
 
 def update(

@@ -273,6 +273,7 @@ def check_fit(folder, model, tensors, rank):
     tensors {"<layer>.lora_A.weight": tensor, ...}: the file's, without PEFT_PREFIX
     -> names of the layers
     """
+    # In the file PEFT_PREFIX stands before it, so there it reads "model.model.layers.".
     if any(name.startswith("model.layers.") for name in tensors):
         raise ValueError(
             f"{folder} has the key layout of transformers before 4.52; to convert it, rename "

@@ -1,7 +1,7 @@
 """model.py: a Qwen2-VL that reads a prompt once and continues it many times.
 
 A photo costs hundreds of tokens and a description thirty, and in every part of this program many
-texts continue one photo. So there are two primitives, and everything else is made of them:
+texts continue one photo. So there are two primitives, prefill and extend, and take between them:
 
     prefix = mllm.prefill(texts, photos)   read B prompts, and keep what attention needs of them
     branch = prefix.take(rows)             copies of its rows, one for each continuation
@@ -88,6 +88,7 @@ class Prefix:
         Gradients of the copies flow back to this prefix. `MLLM.extend` grows what it continues, so
         take a copy of a prefix that is wanted again.
         """
+        # DynamicCache(pairs) starts a cache from (keys, values), one pair for each layer.
         layers = [(layer.keys[rows], layer.values[rows]) for layer in self.cache.layers]
         return Prefix(DynamicCache(layers), self.mask[rows], self.position[rows], self.last[rows])
 
@@ -427,9 +428,9 @@ class MLLM:
     def prefill_pairs(self, template, pairs):
         """Put texts to photos: pairs [(photo, text), ...], a text in the place of {text}.
 
-        Yields (distinct pairs, a Prefix with a row for each of them, to which `last` is the state
-        that predicts the answer's first token), some at a time, until every pair has had its turn.
-        With one photo, two texts and the listener's template:
+        Yields (distinct pairs, a Prefix with one row a pair) until every pair has had its turn. The
+        Prefix's `last` is the state that predicts the first token of the answer. With one photo,
+        two texts and the listener's template:
 
             "<image>Read this description:"             read once, for the photo
             "a red mug. Does every part of it fit?"     continues a copy of it
@@ -448,6 +449,7 @@ class MLLM:
                 rows = [row_of[photo] for photo, _ in some_pairs]
                 # A copy, since the next pairs want the prefix again.
                 branch = prefix.take(torch.tensor(rows, device=self.device))
+                # Padding on the left lies between prefix and text: masked, it takes no position.
                 ids, mask = self.pad([text + tail for _, text in some_pairs])
                 branch.last = self.extend(branch, ids, mask)[:, -1]  # [N, D]
                 yield some_pairs, branch

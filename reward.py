@@ -1,5 +1,5 @@
-"""reward.py: what a description earns: the listener's belief in the right photo, and a little for
-its form. (How little is a matter of the weights in rrg.py.)
+"""reward.py: what a description earns: the listener's belief in the right photo, and something for
+its form and length. (How much of each is a matter of the weights in rrg.py.)
 
 The speaker answers in three fields. The first is a note to itself, the other two are the
 description:
@@ -97,8 +97,8 @@ def quoted(text, markers=()):
 
     Otherwise a speaker could learn to end the question and say yes itself. `markers` are the
     texts that the tokenizer treats as special. A quotation mark becomes an apostrophe; a marker,
-    an angle bracket or a line break becomes a space. (Not nothing, or the pieces around a marker
-    could form a new one.)
+    an angle bracket, a bar or a line break becomes a space. (Not nothing, or the pieces around a
+    marker could form a new one.)
     """
     for marker in sorted(markers, key=len, reverse=True):  # one marker may contain another
         text = text.replace(marker, " ")

@@ -5,7 +5,7 @@
     2 speak      the model, LoRA on, describes the target G times                      (model.py)
     3 listen     the model, LoRA off, says of each photo in the pool, from the description alone,
                  whether it fits                                                       (model.py)
-    4 reward     how much of the listener's belief is on the right photo               (reward.py)
+    4 reward     how much of the listener's belief is on the right photo, and its form (reward.py)
     5 advantage  how much better a description is than its G - 1 siblings              (grpo.py)
     6 update     make the better ones likelier, close to the model without LoRA        (grpo.py)
 
@@ -175,7 +175,7 @@ HELD_OUT = {
     "identification": "listener_accuracy",
     "oracle": "oracle",
     "leakage": "leakage",
-    "coverage": "coverage",
+    "coverage": "coverage",  # toy only: share of colour, pattern and badge that is named
     "parsed": "parsed",
 }
 
@@ -311,8 +311,8 @@ def train_step(mllm, games, optimizer, step, config):
     prompts = [Prompt([game.target], SPEAK) for game in games]
 
     # 2. Speak, with LoRA on.
-    seed = config.seed * 1_000_003 + step  # of no other step of any seed
-    # Each process draws the numbers of all games and keeps those of its own.
+    seed = config.seed * 1_000_003 + step  # no other pair of seed and step has this number
+    # N counts this process's rows. draw_uniforms draws for all processes and returns these N.
     uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
     answers = mllm.speak(prompts, G, config.max_tokens, uniforms)  # N rows, G in a row a game
     descriptions = [parse(text) for text in answers.texts]  # None: a malformed answer
@@ -446,8 +446,8 @@ def exam(mllm, games, config):
     """Play the held-out games.   -> {"figures", "examples"}
 
     figures {name: fraction, ..., "unseen": the same of unseen categories}; examples: six games of
-    seen ones, each with the description and the listener's beliefs. result.json has the figures of
-    the two exams as "before" and "after", and their examples so under "examples".
+    seen ones, each with the description and the listener's beliefs. In result.json "before" and
+    "after" hold the figures of the two exams, and "examples" is {"before": [...], "after": [...]}.
     """
     rows = play_greedily(mllm, games.seen, config)
     figures = held_out_figures(rows)
