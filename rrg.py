@@ -12,7 +12,7 @@
 A claim about the background fails on the hard positive, which was most likely taken elsewhere; a
 vague description fits the hard negatives too. What remains is what identifies.
 
-    python rrg.py                                                   # toy world, CPU, 40 seconds
+    python rrg.py                                                   # toy world, CPU, one minute
     python rrg.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/  # real photos, one GPU
     python rrg.py --out runs/x --resume                             # go on with a killed run
     torchrun --nproc_per_node=4 rrg.py --model ... --data ...       # several GPUs share the games
