@@ -49,9 +49,6 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
-
-import torch
 
 import run
 import toy
@@ -66,29 +63,24 @@ from assistant import (
     database,
     describe,
     fill_in_assistant,
-    find_photo,
-    published_form,
     read_answer,
     read_database,
     recognise,
     retrieve,
 )
 from data import (
-    PHOTO_SUFFIXES,
-    WRAPPERS,
     Concept,
     DataError,
     Photo,
     find_folder,
     fingerprint,
-    natural,
-    read_photo,
     tag,
 )
 from lora import remove_lora, write_json
 from model import MLLM, Clip, Prompt
-from repic import PROMPTS, collage, name_grounding
-from rrg import load_world, photos_of, picture_side
+from naming import GROUNDING, grounding, name_grounding
+from protocols import Pair, PhotoSplit, load_pairs, load_questions, split_photos
+from rrg import load_world, photos_of
 from run import option
 
 SCENES = 60  # pictures of one concept, as many of two and of four, for --grounding
@@ -184,187 +176,12 @@ def captioning_scores(choices, tested=None):
 
 
 # ------------------------------------------------------------------------- what is measured with
-@dataclass
-class PhotoSplit:
-    """The photos of a concept."""
-
-    references: list[Photo]  # to be described
-    tests: list[Photo]
-
-
-def split_photos(concept, references, seed):
-    """Draw `references` photos of a concept to be described; others are tests.   -> PhotoSplit
-
-    Where the benchmark is split: references come from "train", and all of "test" are tests. Where
-    it is not, or has only "test": what is not drawn is a test, and a concept of two photos or
-    more always keeps one.
-    """
-    tests = [photo for photo in concept.photos if photo.part == "test"]
-    others = [photo for photo in concept.photos if photo.part != "test"]
-    rng = random.Random(f"references {seed} {concept.name}")
-    if tests and others:
-        order = rng.sample(others, len(others))
-        return PhotoSplit(order[:references], tests)
-
-    order = rng.sample(concept.photos, len(concept.photos))
-    count = max(1, min(references, len(order) - 1))
-    return PhotoSplit(order[:count], order[count:])
-
-
 @dataclass(frozen=True)
 class Test:
     """A photo that is put to the assistant, and the name of the concept it shows."""
 
     photo: Photo
     concept: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A photo that is put to one description."""
-
-    photo: Photo
-    concept: str  # the name of the one that is described
-    shown: bool  # does the photo show it?
-
-
-def find_json(root, name):
-    """A benchmark's JSON file in its folder or next to it.   -> its content, None if absent"""
-    root = find_folder(root)
-    folders = [root]
-    folders += [root / wrapper for wrapper in sorted(WRAPPERS)]
-    folders.append(root.parent)
-    for folder in folders:
-        if (folder / name).is_file():
-            return run.load_json(folder / name)
-    return None
-
-
-def by_file_name(concepts):
-    """{(concept name, file name): Photo}: how a benchmark's JSON names its photos.
-
-    Of two photos of one file name it is the test photo.
-    """
-    photos = {}
-    for concept in concepts:
-        for photo in concept.photos:
-            key = (concept.name, pathlib.PurePosixPath(photo.name).name)
-            other = photos.get(key)
-            if other is None or other.part != "test" or photo.part == "test":
-                photos[key] = photo
-    return photos
-
-
-def place_of(path):
-    """The folder and the file name at the end of a path: how `by_file_name` calls a photo."""
-    path = pathlib.PurePosixPath(path)
-    return (path.parent.name, path.name)
-
-
-def question_items(content):
-    """The items of Yo'LLaVA's question file.   -> [(path of the photo, item), ...]
-
-    It comes nested, {concept: {path: item}}, or flat, {path: item}, or as a list of items that
-    name their image.
-    """
-    if not isinstance(content, dict):
-        return [(item["image"], item) for item in content]
-    is_flat = any("question" in item for item in content.values())
-    if is_flat:
-        return list(content.items())
-    items = []
-    for group in content.values():
-        if isinstance(group, dict):
-            items += group.items()
-        else:
-            items += [(item["image"], item) for item in group]
-    return items
-
-
-def load_questions(root, concepts, log=print):
-    """Yo'LLaVA's yollava-visual-qa.json in the folder or next to it.   -> [Question]
-
-    Empty where there is none. Questions about photos that are not there are left out, and counted
-    through `log`. Raises DataError for JSON in another form.
-    """
-    photos = by_file_name(concepts)
-    questions = []
-    content = find_json(root, "yollava-visual-qa.json") or {}
-    with published_form("yollava-visual-qa.json"):
-        items = question_items(content)
-        for path, item in items:
-            place = place_of(path)
-            options = item.get("options") or item.get("option")
-            if place not in photos or not options:
-                continue
-            concept, _ = place
-            # {} is for the name alone.
-            text = item["question"].replace("{", "(").replace("}", ")")
-            text = re.sub(r"<sks>|\bsks\b", "{}", text)
-            right = item["correct_answer"]
-            questions.append(Question(concept, photos[place], text, options, right))
-
-    left_out = len(items) - len(questions)
-    if left_out:
-        log(f"left out {left_out} of {len(items)} questions: their pictures are not in {root}")
-    return questions
-
-
-def load_pairs(root, concepts):
-    """RAP's recognition_test.json in the folder or next to it.   -> [Pair], empty if absent
-
-    Only its `correct_answer` is to be trusted: 333 rows whose other fields call them negative show
-    the concept itself. Raises DataError for JSON in another form.
-    """
-    photos = by_file_name(concepts)
-    labels = {}  # {(photo, concept name): does the photo show it?}; the last of two rows counts
-    content = find_json(root, "recognition_test.json") or []
-    with published_form("recognition_test.json"):
-        for row in content:
-            place = place_of(row["image"])
-            if place in photos:
-                name = row["concept"].strip("<>")
-                labels[photos[place], name] = bool(row["correct_answer"])
-    return [Pair(photo, name, shown) for (photo, name), shown in labels.items()]
-
-
-@dataclass(frozen=True)
-class Query:
-    """A photo of several concepts, and their names."""
-
-    photo: Photo
-    names: list[str]
-
-
-def queries_in_folders(root):
-    """RAP's folders <A>_and_<B>/ of photos.   -> [Query]"""
-    queries = []
-    for file in sorted(root.rglob("*_and_*/*"), key=natural):
-        if file.suffix.lower() in PHOTO_SUFFIXES:
-            photo = Photo(str(file.relative_to(root)), partial(read_photo, file))
-            queries.append(Query(photo, file.parent.name.split("_and_")))
-    return queries
-
-
-def load_queries(path):
-    """Photos that show several concepts, in the two forms they are published in.   -> [Query]
-
-    A folder of RAP's <A>_and_<B>/ folders, or RePIC's JSON, {path: [name, ...]} or
-    {path: [[name, ...], ...]}. Raises DataError for JSON in another form, and for a picture that
-    it names and that cannot be found.
-    """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        return queries_in_folders(path)
-    content = run.load_json(path)
-    queries = []
-    with published_form("the list of pictures of several things"):
-        for image, names in content.items():
-            groups = names if names and isinstance(names[0], list) else [names]
-            for group in groups:
-                bare = [name.strip("<>") for name in group]
-                queries.append(Query(find_photo(image, path), bare))
-    return queries
 
 
 def toy_questions(tests, seed):
@@ -579,119 +396,6 @@ def examine(mllm, embedder, entries, tests, questions, pairs, options):
     }
 
 
-# ------------------------------------------------------------------ names in captions (--grounding)
-COUNTS = (1, 2, 4)  # concepts in the picture
-REFERENCES = ("right", "retrieved", "wrong")  # how reference photos are chosen
-
-
-@dataclass
-class NamingTest:
-    """A picture of one concept or several, to be captioned with their names."""
-
-    picture: Photo
-    photos: list[Photo]  # those it is made of, one of each concept
-    names: list[str]  # of what is in it
-    others: list[str]  # as many names of what is not in it
-
-
-def draw_naming_test(part, splits, count, number, side, seed):
-    """Picture `number` of `count` concepts; one of several is a collage.   -> NamingTest"""
-    rng = random.Random(f"scene {seed} {count} {number}")
-    names = [concept.name for concept in rng.sample(part.tested, count)]
-    photos = [rng.choice(splits[name].tests) for name in names]
-    absent = [concept.name for concept in part.known if concept.name not in names]
-    others = rng.sample(absent, count)
-    picture = photos[0]
-    if count > 1:
-        picture, _ = collage(photos, side, number)
-    return NamingTest(picture, photos, names, others)
-
-
-class ReferencePhotos:
-    """The first reference photo of each known concept, and which of them look like a photo."""
-
-    def __init__(self, embedder, part, splits):
-        self.photos = {}  # {concept name: Photo}
-        for concept in part.known:
-            self.photos[concept.name] = splits[concept.name].references[0]
-        tests = []
-        for concept in part.tested:
-            tests += splits[concept.name].tests
-        self.vectors = embedder.embed([*self.photos.values(), *tests])  # {photo name: [D]}
-        of_references = [self.vectors[photo.name] for photo in self.photos.values()]
-        self.memory = torch.stack(of_references)  # [C, D]
-
-    def most_alike(self, photo):
-        """The name of the concept whose reference photo is most like a test photo."""
-        similarities = self.memory @ self.vectors[photo.name]  # [C]
-        return list(self.photos)[similarities.argmax()]
-
-    def chosen(self, test, how):
-        """The names of the references that a picture is captioned with."""
-        if how == "right":
-            return test.names
-        if how == "wrong":
-            return test.others
-        names = [self.most_alike(photo) for photo in test.photos]
-        return list(dict.fromkeys(names))  # two photos may have the same one
-
-
-def naming_scores(mllm, tests, references, how, max_tokens):
-    """Do captions call concepts by the names that reference photos gave them?
-
-    A wrong reference shows a concept that is not in the picture: its name counts, and should not
-    be there. Each picture has one of the three wordings, in turn.
-    -> {"precision", "recall", "f1"}
-    """
-    prompts = []
-    expected = []
-    for number, test in enumerate(tests):
-        names = references.chosen(test, how)
-        template = PROMPTS["ict"][number % len(PROMPTS["ict"])]
-        text = template.replace("{text}", ", ".join(tag(name) for name in names))
-        photos = [references.photos[name] for name in names]
-        prompts.append(Prompt([*photos, test.picture], text))
-        belong = test.others if how == "wrong" else test.names
-        expected.append([tag(name) for name in belong])
-    captions = mllm.greedy(prompts, max_tokens, "calling by name")
-
-    # Of two names RePIC counts them case-sensitively, of one and of four not.
-    is_pair = len(tests[0].names) == 2
-    return name_grounding(list(zip(expected, captions, strict=True)), case_sensitive=is_pair)
-
-
-def grounding(mllm, embedder, part, splits, options):
-    """Does the model, as it is now, call concepts by their names?   (RePIC, tables 1 to 3)
-
-    -> {"names_<count>_<references>_<figure>": fraction}, None where there are too few concepts
-    """
-    references = ReferencePhotos(embedder, part, splits)
-    side = picture_side(mllm)
-    figures = {}
-    for count in COUNTS:
-        tests = []
-        if len(part.tested) >= count and len(part.known) >= 2 * count:
-            for number in range(SCENES):
-                tests.append(draw_naming_test(part, splits, count, number, side, options.seed))
-        for how in REFERENCES:
-            scores = dict.fromkeys(("precision", "recall", "f1"))
-            if tests:
-                scores = naming_scores(mllm, tests, references, how, options.max_tokens)
-            for figure, value in scores.items():
-                figures[f"names_{count}_{how}_{figure}"] = value
-    return figures
-
-
-def grounding_columns():
-    """{figure: how the table calls it}"""
-    columns = {}
-    for count in COUNTS:
-        noun = "name" if count == 1 else "names"
-        for how in REFERENCES:
-            columns[f"names_{count}_{how}_f1"] = f"{count} {noun}, {how}"
-    return columns
-
-
 # -------------------------------------------------------------------------------------- the table
 COLUMNS = {
     "captioning_f1": "caption F1",
@@ -709,7 +413,7 @@ COLUMNS = {
     "retrieval_ceiling": "ceiling",
     "unparsed": "unparsed",
 }
-GROUNDING = grounding_columns()
+
 TITLE = (
     "{photos} test photos of {concepts} concepts, {database} in the database, "
     "{pairs} pairs to recognise, {questions} questions"

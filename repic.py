@@ -20,7 +20,7 @@ fine-tuning of the same adapters on given captions of the ict pictures.
     python repic.py --out runs/x --resume                             # go on with a killed run
 
 `diff rrg.py repic.py` shows what the two papers differ in: what is played (stage 1) and who pays
-for it (stages 3 and 4). The last part, `name_grounding`, is how RePIC is measured (evaluate.py).
+for it (stages 3 and 4). How RePIC is measured is in naming.py.
 
 Source: RePIC (arXiv 2506.18369): sections 3.1 and 3.2, and its code.
 
@@ -723,53 +723,6 @@ def show(result):
         print(f"\n{before['question']!r} of {' + '.join(before['photos'])}")
         for when, row in (("before", before), ("after", after)):
             print(f"  {when:7}{row['text'][:300]!r}")
-
-
-# ------------------------------------------------------------------------- how RePIC is measured
-def words_of(caption):
-    """The words of a caption, split at white space and without punctuation at either end."""
-    words = caption.replace("</s>", "").split()
-    return {word.strip(".,!?;:()[]{}\"'-") for word in words}
-
-
-def name_grounding(rows, case_sensitive=False):
-    """Do captions call things by their names? The rule of RAP and RePIC.
-
-    rows [(names that belong there, caption), ...] -> {"precision", "recall", "f1"}
-
-    A name is there if a word equals it, bare or as <name>. If <bo> belongs in a caption, one that
-    says <bo> is a hit; one that does not, but says a name of these rows that does not belong
-    there, is a miss; one without any name is neither and only lowers the recall.
-
-        precision = hits / (hits + misses)        recall = hits / names that belong
-
-    RePIC's tables of two concepts are case-sensitive, those of one and four are not.
-    """
-    captions = []  # (names that belong there, without brackets, the caption)
-    for names, caption in rows:
-        if not case_sensitive:
-            names = [name.lower() for name in names]
-            caption = caption.lower()
-        bare = [name.removeprefix("<").removesuffix(">") for name in names]
-        captions.append((bare, caption))
-    all_names = {name for names, _ in captions for name in names}
-
-    hits = 0
-    misses = 0
-    slots = 0  # names that belong
-    for names, caption in captions:
-        words = words_of(caption)
-        there = {name for name in all_names if name in words or f"<{name}>" in words}
-        right = sum(name in there for name in names)
-        hits += right
-        slots += len(names)
-        if there - set(names):  # a name that does not belong there
-            misses += len(names) - right
-
-    precision = hits / max(1, hits + misses)
-    recall = hits / max(1, slots)
-    f1 = 2 * precision * recall / max(1e-12, precision + recall)
-    return {"precision": precision, "recall": recall, "f1": f1}
 
 
 def main():

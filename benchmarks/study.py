@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
+import naming  # noqa: E402
 import repic  # noqa: E402
 import rrg  # noqa: E402
 import run  # noqa: E402
@@ -292,7 +293,7 @@ def csv_columns():
     for part in PARTS:
         columns += [f"{part}_{name}" for name in evaluate.COLUMNS]
         columns.append(f"{part}_oracle")
-        for name in evaluate.GROUNDING:  # "names_1_right_f1" and so on
+        for name in naming.GROUNDING:  # "names_1_right_f1" and so on
             stem = name.removesuffix("f1")
             columns += [f"{part}_{stem}{figure}" for figure in ("precision", "recall", "f1")]
     return columns

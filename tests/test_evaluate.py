@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 import shutil
 
 import pytest
@@ -13,13 +12,12 @@ from PIL import Image
 import evaluate
 import toy
 from assistant import Entry, describe
-from data import Concept, DataError, Photo, load_concepts
-from evaluate import Choice, Judgement, Pair, Part, PhotoSplit
+from data import DataError, Photo
+from evaluate import Choice, Judgement
 from lora import add_lora, save_adapter
 from model import MLLM
-from repic import PROMPTS
+from protocols import Pair
 from test_assistant import know_every_word, perfect_entry
-from test_data import make_photos
 
 WORLD = toy.world  # which some tests replace
 
@@ -117,131 +115,6 @@ def test_captioning_by_hand():
 
 
 # ------------------------------------------------------------------------- what is measured with
-def test_references_are_drawn_by_the_seed(tmp_path):
-    """MyVLM's protocol: 4 references, 5 seeds, the rest are tests."""
-    make_photos(tmp_path, [f"bull/IMG_{i}.jpg" for i in range(9)])
-    [concept] = load_concepts(tmp_path)
-    splits = [evaluate.split_photos(concept, 4, seed) for seed in range(5)]
-    drawn = set()
-    for split in splits:
-        assert len(split.references) == 4
-        assert len(split.tests) == 5
-        assert {*split.references, *split.tests} == set(concept.photos)
-        drawn.add(tuple(photo.name for photo in split.references))
-    assert len(drawn) == 5
-    assert splits[2] == evaluate.split_photos(concept, 4, 2)
-
-
-@pytest.mark.parametrize(
-    "train, test, loose, references, expected",
-    [
-        (0, 0, 4, 5, (3, 1)),  # DreamBooth has concepts of 4: one photo is left for the test
-        (0, 0, 2, 1, (1, 1)),
-        (0, 0, 1, 1, (1, 0)),
-        (8, 3, 0, 5, (5, 3)),  # PerVA
-        (2, 3, 0, 5, (2, 3)),  # three of its concepts have fewer
-        (0, 3, 0, 1, (1, 2)),  # RePIC's copies have tests only
-    ],
-)
-def test_references_and_tests(train, test, loose, references, expected):
-    photos = []
-    for part, count in (("train", train), ("test", test), ("", loose)):
-        photos += [Photo(f"{part}/rex/{i}.jpg", None, part=part) for i in range(count)]
-    split = evaluate.split_photos(Concept("rex", "dog", photos), references, 0)
-    assert (len(split.references), len(split.tests)) == expected
-    assert not set(split.references) & set(split.tests)
-    if train:
-        assert {photo.part for photo in split.references} == {"train"}
-        assert {photo.part for photo in split.tests} == {"test"}
-
-
-ITEM = {
-    "question": "What is <sks> doing?",
-    "options": {"A": "Sitting", "B": "Running"},
-    "correct_answer": "B",
-}
-RAP_ITEM = {
-    "question": "Is sks asks a {real} cat?",
-    "option": {"A": "Yes", "B": "No"},
-    "correct_answer": "A",
-}
-BO = "./yollava-data/test/bo/1.png"
-MAM = "./yollava-data/test/mam/1.png"
-GONE = "./yollava-data/test/mam/9.png"
-
-
-@pytest.fixture
-def yollava(tmp_path):
-    """A folder with photos of two concepts, each with a photo of one name in both parts."""
-    names = []
-    for part in ("train", "test"):
-        names += [f"yollava-data/{part}/{name}/1.png" for name in ("bo", "mam")]
-    return make_photos(tmp_path / "root", names)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"bo": {BO: ITEM}, "mam": {MAM: RAP_ITEM, GONE: ITEM}},
-        {BO: ITEM, MAM: RAP_ITEM, GONE: ITEM},
-        [
-            ITEM | {"image": "data/test/bo/1.png"},
-            RAP_ITEM | {"image": "x/mam/1.png"},
-            ITEM | {"image": "x/mam/9.png"},
-        ],
-    ],
-)
-@pytest.mark.parametrize("place", ["", "yollava-data/", "../"])
-def test_yollava_questions(yollava, content, place):
-    (yollava / place / "yollava-visual-qa.json").write_text(json.dumps(content))
-    log = []
-    bo, mam = evaluate.load_questions(yollava, load_concepts(yollava), log.append)
-    assert (bo.concept, bo.photo.part, bo.answer) == ("bo", "test", "B")
-    assert bo.text == "What is {} doing?"
-    assert bo.options == ITEM["options"]
-    assert mam.text.format("<mam>") == "Is <mam> asks a (real) cat?"
-    assert mam.options == {"A": "Yes", "B": "No"}
-    assert log == [f"left out 1 of 3 questions: their pictures are not in {yollava}"]
-
-
-def test_no_questions(tmp_path):
-    assert evaluate.load_questions(tmp_path, []) == []
-    assert evaluate.load_pairs(tmp_path, []) == []
-
-
-@pytest.mark.parametrize(
-    "content, message", [("{", "cannot read"), ('[{"image": 3}]', "is not in the form")]
-)
-def test_questions_in_another_form(tmp_path, content, message):
-    (tmp_path / "yollava-visual-qa.json").write_text(content)
-    with pytest.raises(DataError, match=message):
-        evaluate.load_questions(tmp_path, [])
-
-
-def test_rap_recognition_is_filtered_by_the_correct_answer(tmp_path):
-    names = []
-    for part in ("train", "test"):
-        names += [f"{part}/{name}/4.png" for name in ("bo", "mam")]
-    make_photos(tmp_path, names)
-    row = {
-        "image": "benchmark_data/yollava-data/test/bo/4.png",
-        "concept": "bo",
-        "type": "positive",
-        "correct_answer": True,
-    }
-    rows = [
-        row,
-        row | {"type": "negative"},
-        row | {"concept": "<mam>", "type": "negative", "correct_answer": False},
-        row | {"image": "x/test/no/1.png"},
-    ]
-    (tmp_path / "recognition_test.json").write_text(json.dumps(rows))
-    concepts = load_concepts(tmp_path)
-    [photo] = [photo for photo in concepts[0].photos if photo.part == "test"]
-    pairs = evaluate.load_pairs(tmp_path, concepts)
-    assert pairs == [Pair(photo, "bo", True), Pair(photo, "mam", False)]
-
-
 def test_toy_questions_ask_for_what_a_good_description_leaves_out():
     tests = all_but_first(small_world())
     questions = evaluate.toy_questions(tests, 0)
@@ -375,97 +248,6 @@ def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
     assert evaluate.leakage(toy_mllm, entries, 32) == evaluate.Leakage(share=0.5, unparsed=1)
     assert [prompt.photos for prompt in asked] == [[], [], []]
     assert '"A mug on grass."\nDoes it mention' in asked[0].text
-
-
-# ------------------------------------------------------------------------------ names in captions
-class Parrot:
-    """A caption writer that says every name it is given, and remembers what it was asked."""
-
-    def __init__(self):
-        self.prompts = []
-
-    def greedy(self, prompts, max_tokens, progress):
-        self.prompts += prompts
-        return [" ".join(re.findall(r"<[\w-]+>", prompt.text)) for prompt in prompts]
-
-
-@pytest.fixture(scope="module")
-def parroted(toy_mllm):
-    """What a parrot scores, and what it was asked.   -> (figures, concepts, [Prompt])"""
-    concepts = small_world(seed=7, concepts=3)
-    splits = {}
-    for concept in concepts:
-        splits[concept.name] = PhotoSplit(concept.photos[:1], concept.photos[1:])
-    part = Part(known=concepts, tested=concepts[:10])
-    parrot = Parrot()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy_mllm, "greedy", parrot.greedy)
-        figures = evaluate.grounding(toy_mllm, toy_mllm, part, splits, options_of())
-    return figures, concepts, parrot.prompts
-
-
-def test_a_parrot_is_perfect_with_right_references_and_falls_for_wrong_ones(parroted):
-    figures, _, _ = parroted
-    for count in (1, 2, 4):
-        assert figures[f"names_{count}_right_f1"] == 1
-        assert figures[f"names_{count}_wrong_f1"] == 1
-        assert 0 < figures[f"names_{count}_retrieved_f1"] <= 1
-
-
-def test_grounding_gives_the_references_it_says(parroted):
-    _, concepts, prompts = parroted
-    owner = {}  # {photo name: concept name}
-    for concept in concepts:
-        owner.update(dict.fromkeys([photo.name for photo in concept.photos], concept.name))
-    first_photos = [concept.photos[0] for concept in concepts]
-
-    kinds = []  # (concepts in the picture, how references are chosen), in the order of prompts
-    for count in (1, 2, 4):
-        kinds += [(count, how) for how in ("right", "retrieved", "wrong")]
-    assert len(prompts) == len(kinds) * evaluate.SCENES
-    for number, prompt in enumerate(prompts):
-        count, how = kinds[number // evaluate.SCENES]
-        *references, picture = prompt.photos
-        shown = {owner[part.split(" at ")[0]] for part in picture.name.split("; ")}
-        assert len(shown) == count
-        assert all(photo in first_photos for photo in references)
-
-        named = re.findall(r"<([\w-]+)>", prompt.text)
-        assert named == [owner[photo.name] for photo in references]  # in order
-        if how == "right":
-            assert len(named) == count
-            assert set(named) == shown
-        if how == "wrong":
-            assert len(named) == count
-            assert not set(named) & shown
-
-
-def test_grounding_asks_in_every_wording(parroted):
-    _, _, prompts = parroted
-    asked = {prompt.text.split(".\n")[1] for prompt in prompts}
-    assert asked == {template.split(".\n")[1] for template in PROMPTS["ict"]}
-
-
-def no_figures(*arguments):
-    """Stands for `examine` where only --grounding is of interest."""
-    counts = dict.fromkeys(("photos", "concepts", "database", "pairs", "questions"), 0)
-    return dict.fromkeys(evaluate.COLUMNS, 0.0) | {"counts": counts}
-
-
-def test_grounding_is_a_second_table(random_folder, tmp_path, monkeypatch, capsys):
-    """The whole command with an untrained model: figures where there are enough concepts, none
-    where there are not."""
-    shrink_world(monkeypatch, concepts=2)
-    monkeypatch.setattr(evaluate, "SCENES", 2)
-    monkeypatch.setattr(evaluate, "examine", no_figures)
-    out = tmp_path / "t.json"
-    command = ["--model", str(random_folder), "--grounding", "--max-tokens", "6"]
-    evaluate.main([*command, "--out", str(out)])
-    row = read_table(out)["base"]
-    assert row["seen"]["names_1_right_f1"] == 0
-    assert row["unseen"]["names_2_wrong_f1"] == 0
-    assert row["seen"]["names_4_right_f1"] is None  # there are two held-out concepts
-    assert capsys.readouterr().out.count("| 1 name, right |") == 2
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -632,36 +414,3 @@ def test_errors_are_one_line(arguments, message, monkeypatch):
     shrink_world(monkeypatch, concepts=1)
     with pytest.raises(DataError, match=message):
         evaluate.main(arguments)
-
-
-# ------------------------------------------------------------------- photos of several concepts
-def test_pictures_of_two_concepts_in_folders(tmp_path):
-    folder = "query-image-2-concepts/Bull_dog_and_Baby_Q"
-    make_photos(tmp_path, [f"{folder}/Bull_dog_and_Baby_Q_{i}.jpg" for i in (10, 9)])
-    queries = evaluate.load_queries(tmp_path / "query-image-2-concepts")
-    assert [query.photo.name.split("_")[-1] for query in queries] == ["9.jpg", "10.jpg"]
-    assert all(query.names == ["Bull_dog", "Baby_Q"] for query in queries)
-    assert queries[0].photo.load().size == (12, 8)
-
-
-def test_pictures_of_several_concepts_in_repics_json(tmp_path):
-    """Its paths begin at another folder than the file's."""
-    bulls = ["data/myvlm_data/bull/bull_1.jpg", "data/myvlm_data/bull/bull_2.jpg"]
-    make_photos(tmp_path, [*bulls, "data/group photo_1.jpg"])
-    [concept] = load_concepts(tmp_path / "data/myvlm_data")
-    assert [photo.name for photo in concept.photos] == ["bull/bull_1.jpg", "bull/bull_2.jpg"]
-
-    (tmp_path / "data/query_tot").mkdir()
-    file = tmp_path / "data/query_tot/myvlm_query_templates.json"
-    content = {
-        "./data/myvlm_data/bull/bull_1.jpg": ["<bull>"],
-        "data/group photo_1.jpg": [["a", "b c"], ["<d>", "e"]],
-    }
-    file.write_text(json.dumps(content))
-    queries = evaluate.load_queries(file)
-    assert [query.names for query in queries] == [["bull"], ["a", "b c"], ["d", "e"]]
-    assert queries[2].photo.load().size == (12, 8)
-
-    file.write_text('{"gone.jpg": ["a"]}')
-    with pytest.raises(DataError, match="gone.jpg, which is not there"):
-        evaluate.load_queries(file)

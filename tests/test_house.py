@@ -20,7 +20,9 @@ IMPORTS = {
     "rrg": "data grpo lora model reward run toy",
     "repic": "data grpo lora model rrg run toy",
     "assistant": "data lora model reward run toy",
-    "evaluate": "assistant data lora model repic rrg run toy",
+    "protocols": "assistant data run",
+    "naming": "assistant data model repic rrg run",
+    "evaluate": "assistant data lora model naming protocols rrg run toy",
     "report": "assistant data evaluate grpo lora model repic reward rrg run toy",
 }
 OPTIONAL = {"datasets", "peft", "trl"}  # what a benchmark compares with, where it is installed

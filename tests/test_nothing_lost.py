@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 
 import assistant
 import data
-import evaluate
 import grpo
 import lora
+import naming
+import protocols
 import repic
 import reward
 import run
@@ -313,10 +314,10 @@ def read_json(name, root, concepts):
     if name == "database.json":
         return assistant.read_database(root)
     if name == "yollava-visual-qa.json":
-        return evaluate.load_questions(root, concepts, log=print)
+        return protocols.load_questions(root, concepts, log=print)
     if name == "recognition_test.json":
-        return evaluate.load_pairs(root, concepts)
-    return evaluate.load_queries(root / name)
+        return protocols.load_pairs(root, concepts)
+    return naming.load_queries(root / name)
 
 
 @pytest.mark.parametrize(

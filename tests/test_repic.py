@@ -427,32 +427,3 @@ def test_a_run_records_itself_and_a_killed_one_resumes_to_it(options, samples, t
     assert rows_without_seconds(killed) == rows_without_seconds(whole)
     for name in ("samples.jsonl", "adapter/adapter_model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
-
-
-# ------------------------------------------------------------------------------- how it is measured
-def test_name_grounding_by_hand():
-    rows = [
-        (["<bo>"], "A dog."),  # nothing
-        (["<bo>"], "This is <bo>, a dog."),  # a hit
-        (["<bo>"], "(Bo) sleeps"),  # a hit, if case does not count
-        (["<bo>"], "<mam> sleeps."),  # a miss: another name
-        (["<bo>"], "<bo>'s nose"),  # nothing: not the word
-        (["<mam>"], "mam and bo"),  # a hit: an extra name next to a hit is not punished
-    ]
-    expected = {"precision": 3 / 4, "recall": 3 / 6, "f1": 0.6}
-    assert repic.name_grounding(rows) == pytest.approx(expected)
-    expected = {"precision": 2 / 3, "recall": 2 / 6, "f1": 4 / 9}
-    assert repic.name_grounding(rows, case_sensitive=True) == pytest.approx(expected)
-
-
-def test_name_grounding_of_pairs_by_hand():
-    rows = [
-        (["<A_dog>", "<G_cat>"], "A_dog meets <G_cat>!"),  # two hits
-        (["<A_dog>", "<G_cat>"], "<A_dog> is alone"),  # a hit and nothing
-        (["H", "T"], "<G_cat> and H"),  # a hit, and a miss: a cat that does not belong there
-    ]
-    expected = {"precision": 4 / 5, "recall": 4 / 6, "f1": 8 / 11}
-    assert repic.name_grounding(rows, case_sensitive=True) == pytest.approx(expected)
-    nothing = {"precision": 0, "recall": 0, "f1": 0}
-    assert repic.name_grounding([]) == nothing
-    assert repic.name_grounding([(["a"], "")]) == nothing
