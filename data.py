@@ -27,8 +27,10 @@ Where it departs from the RRG paper and its authors' research code:
    removing a photo leaves the random draws of all other games as they were.
 2. If a category has too few concepts for K - 1 negatives, the pool is filled up from other
    categories, and the number of such games is reported.
-3. Concepts are split, not photos: some concepts, and of four categories or more some whole
-   categories, are never trained on.
+3. Photos are compared by the model's own vision tower unless --embedder names a CLIP. (The
+   research code takes openai/clip-vit-large-patch14-336.)
+4. Without --train-concepts a fifth of the concepts, and of four categories or more some whole
+   categories, are never trained on: no such split is published.
 
 Shapes: K photos in a pool, D width of the vectors that similarity is measured with.
 """
@@ -53,7 +55,15 @@ from tqdm import tqdm
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make, reported
 NOT_CONCEPTS = {"laion", "negative_example"}  # unrelated photos that some benchmarks ship
+# Categories that PerVA's folders abbreviate, in the words of the RRG authors' prompts.
+CATEGORY_WORDS = {
+    "veg": "vegetable",
+    "decoration": "decoration object",
+    "retail": "retail object",
+    "tro_bag": "trolley bag",
+}
 WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
+DRAWS = 1000  # of `pick_concepts`
 LFS_POINTER = b"version https://git-lfs"
 # What Pillow raises on files that are no pictures, or too large ones.
 UNREADABLE = (
@@ -320,6 +330,7 @@ def load_concepts(root, log=print, least=2):
 
         if len(place.folders) == 2:
             category, concept = place.folders
+            category = CATEGORY_WORDS.get(category, category)
         else:
             [concept] = place.folders
             category = categories.get(concept, "object")
@@ -343,7 +354,7 @@ def tag(name):
 
 
 def split_concepts(concepts, seed, unseen=None):
-    """Split concepts, not photos (departure 3).   -> Split
+    """Split concepts, not photos (departure 4).   -> Split
 
     unseen: whole categories that are never trained on; by default, of four categories or more, a
     sixth of them, at least one. Of the other concepts a fifth, at least one, is kept for testing.
@@ -358,8 +369,9 @@ def split_concepts(concepts, seed, unseen=None):
     shuffled = rng.sample(concepts, len(concepts))
 
     # Order by rounds: the first concept of every category, then the second of every one, and so
-    # on. Only large categories reach the late rounds, and the end of the list is the test set: it
-    # takes from the largest categories first, and from equally large ones in turn.
+    # on. The end of this list is the test set. Of three mugs, two cups and two toys it is
+    #     cup mug toy   cup mug toy   mug
+    # so a mug is tested first, since there are most of them, then a toy, then another mug.
     dealt = Counter()
     rounds = []  # (round, category, concept)
     for concept in shuffled:
@@ -375,6 +387,38 @@ def split_concepts(concepts, seed, unseen=None):
         test=in_order[-tests:],
         unseen=[concept for concept in concepts if concept.category in unseen],
     )
+
+
+def pick_concepts(concepts, wanted, seed):
+    """The concepts that --train-concepts asks for.   -> [Concept, ...] in the order of `concepts`
+
+    wanted: a number, or a file with a name a line. So many are drawn that their photos are about
+    a thousand: of many draws the one that comes nearest is taken, as the RRG authors draw PerVA's
+    30. Raises DataError for a number that is too large, and for names that are not there.
+    """
+    if not wanted.isdecimal():
+        with one_line_errors(f"--train-concepts wants a number or a file; {wanted}", OSError):
+            lines = pathlib.Path(wanted).read_text(encoding="utf-8").splitlines()
+        names = {line.strip() for line in lines if line.strip()}
+    elif 1 <= int(wanted) <= len(concepts):
+        rng = random.Random(f"train concepts {seed}")
+        draws = [rng.sample(concepts, int(wanted)) for _ in range(DRAWS)]
+        best = min(draws, key=photos_off_a_thousand)
+        names = {concept.name for concept in best}
+    else:
+        raise DataError(f"--train-concepts {wanted}: there are {len(concepts)} concepts here")
+
+    missing = sorted(names - {concept.name for concept in concepts})
+    if missing:
+        raise DataError(
+            f"{wanted} names {len(missing)} concepts that are not in the data, such as {missing[0]}"
+        )
+    return [concept for concept in concepts if concept.name in names]
+
+
+def photos_off_a_thousand(concepts):
+    """How far the number of all their photos is from 1000."""
+    return abs(1000 - sum(len(concept.photos) for concept in concepts))
 
 
 # --------------------------------------------------------------------------- stage 1: mine games
@@ -400,7 +444,7 @@ class Similarity:
 def hard_negatives(concept, others, similarity, count):
     """The most similar photos of the most similar other concepts, of its category if it can be.
 
-    -> (count photos, whether its category had too few)
+    -> (count photos, whether the 8 most similar of its category were too few)
     """
     by_similarity = sorted(others, key=similarity.of_concept, reverse=True)
     same_category = [other for other in by_similarity if other.category == concept.category][:8]

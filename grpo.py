@@ -73,10 +73,11 @@ def kl_k3(logp, ref_logp):
         k3 = exp(d) - d - 1    with d = ref_logp - logp            (DeepSeekMath, eq. 4)
 
     It is never negative. (Plain -d has the same mean, but is often negative and varies more.)
-    Its value estimates KL(policy || reference). As a loss its gradient is
-    (1 - ref / pi) grad log pi. Averaged over tokens drawn from pi, E_pi[grad log pi] = 0 and
-    E_pi[ref / pi grad log pi] = E_ref[grad log pi]. What is left, -E_ref[grad log pi], is the
-    gradient of KL(reference || policy). The paper uses it so.
+    As a loss it pulls the policy towards the reference, as it should, but by the gradient of the
+    other divergence, KL(reference || policy):
+
+        grad k3 = (1 - ref / pi) grad log pi
+        E_pi[grad k3] = E_pi[grad log pi] - E_ref[grad log pi] = 0 - E_ref[grad log pi]
     """
     d = ref_logp - logp
     return d.exp() - d - 1

@@ -4,13 +4,15 @@ in PEFT's format.
     y = W x + (alpha / r) B A x        W [out, in] frozen, A [r, in], B [out, r]      (LoRA, 4.1)
 
 With the adapters on, the network is the policy that is trained. With them off (`lora_off`) it is
-the network as it came: the reference policy and the listener need no second copy of it.
+the network as it came: neither the reference policy of GRPO nor the listener, which judges the
+answers in rrg.py, needs a copy of it.
 
 Source: LoRA (arXiv 2106.09685, section 4.1); the file format is that of PEFT 0.19.
 
 Where it departs from them:
 1. Adapters sit on the seven projections of each layer of the language model only. The vision
-   tower is frozen, so that a picture is encoded once.
+   tower is frozen, so that a picture is encoded once, and lm_head has no adapter. (The research
+   code that this program is compared with adapts every linear layer, lm_head too.)
 2. There is no dropout, which would make the policy that is trained differ from the one that was
    sampled.
 
@@ -75,8 +77,8 @@ def lora_layers(model):
 def language_linears(model):
     """{dotted name: nn.Linear} of a model's language model.
 
-    A layer that has an adapter already is found under its own name, with its frozen base: a new
-    adapter is checked against it before the one that is there is taken off.
+    Where `x` has an adapter already, its frozen base, `x.base`, is listed as `x`. `load_adapter`
+    wants it so: it checks a new adapter before it takes the one that is there off.
     """
     linears = {}
     for name, module in model.named_modules():
@@ -273,7 +275,9 @@ def check_fit(folder, model, tensors, rank):
     tensors {"<layer>.lora_A.weight": tensor, ...}: the file's, without PEFT_PREFIX
     -> names of the layers
     """
-    # In the file PEFT_PREFIX stands before it, so there it reads "model.model.layers.".
+    # A key as it is now, and as it was:
+    #     base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight
+    #     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
     if any(name.startswith("model.layers.") for name in tensors):
         raise ValueError(
             f"{folder} has the key layout of transformers before 4.52; to convert it, rename "

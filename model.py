@@ -42,6 +42,8 @@ from transformers import (
     CLIPModel,
     DynamicCache,
 )
+
+# The processors that work with Pillow alone: those that AutoImageProcessor loads want torchvision.
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -53,6 +55,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 # These bound the memory and change no result.
 ROWS = 128  # photos that are read, and texts that continue them, in one pass of the listener
 LOGITS = 2**26  # logits that exist at once when answers are scored, in fp32 256 MB
+PICTURE = "<image>"  # in the text of a Prompt: here is the next photo
 # Qwen2-VL's chat layout, for base checkpoints, which come without one.
 CHAT = (
     "{% for m in messages %}"
@@ -67,7 +70,10 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user shows and says: the photos, then the text."""
+    """What a user shows and says: the photos, then the text.
+
+    A text that says PICTURE, once for each photo, has the photos there instead.
+    """
 
     photos: list[Photo]
     text: str
@@ -160,7 +166,7 @@ class MLLM:
         self.no = self.single_tokens("no", "No", "NO", " no", " No", " NO")
         if not self.yes or not self.no:
             raise DataError(f"{name} has no single token for yes or no, so it cannot listen")
-        self.unknown = self.tokenizer.unk_token_id  # None of a tokenizer that can spell anything
+        self.unknown = self.tokenizer.unk_token_id  # None if the tokenizer can spell anything
         self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         self.features = {}  # {Photo: EncodedPhoto}
 
@@ -221,8 +227,18 @@ class MLLM:
         return rows["input_ids"], rows["attention_mask"]
 
     def chat(self, pictures, text):
-        """A user's message in the model's own layout: `pictures` image markers, then the text."""
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        """A user's message in the model's own layout, with `pictures` image markers.
+
+        They come before the text, or where the text says PICTURE.
+        """
+        if PICTURE not in text:
+            text = PICTURE * pictures + text
+        first, *others = text.split(PICTURE)
+        content = [{"type": "text", "text": first}] if first else []
+        for part in others:
+            content.append({"type": "image"})
+            if part:
+                content.append({"type": "text", "text": part})
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -424,7 +440,7 @@ class MLLM:
         return torch.cat(logps).view_as(ids)
 
     # --------------------------------------------------------------- one photo, several texts
-    @torch.no_grad()
+    @torch.no_grad()  # which holds inside this generator only, not in what uses it
     def prefill_pairs(self, template, pairs):
         """Put texts to photos: pairs [(photo, text), ...], a text in the place of {text}.
 
@@ -454,6 +470,7 @@ class MLLM:
                 branch.last = self.extend(branch, ids, mask)[:, -1]  # [N, D]
                 yield some_pairs, branch
 
+    @torch.no_grad()
     def believe(self, pairs):
         """Stage 3, the listener: does the description fit the photo?   -> beliefs [pairs], CPU
 

@@ -1,6 +1,10 @@
 """reward.py: what a description earns: the listener's belief in the right photo, and something for
 its form and length. (How much of each is a matter of the weights in rrg.py.)
 
+In a game the speaker sees one photo, the target, and describes it. The listener reads the
+description and has K photos before it: the hard positive, which is *another* photo of the same
+thing, and K - 1 photos of look-alikes, the hard negatives (data.py).
+
 The speaker answers in three fields. The first is a note to itself, the other two are the
 description:
 
@@ -24,15 +28,20 @@ rules out a look-alike still pays.
 
 Where it departs from the RRG paper and its authors' research code:
 1. An answer is parsed strictly: three fields, in order, nothing around them. A malformed one
-   earns nothing from the listener and is never shown to it. (The research code has four
+   earns nothing from the listener and is never shown to it. (The research code has a few
    fallbacks, so malformed answers are paid.)
 2. "soft" pays the share of the *right* photo. (The research code pays the share of the photo
    that was picked, so a confident wrong pick earns most.)
 3. A tie is not a win: the hard positive must beat every other photo. If scoring fails, an error
    is raised; it never becomes a reward of 0.
-4. Every single-token spelling of yes and no counts, not only the lower-case ones.
-5. The prompts say "the main subject" where the paper's name the category, which is not known
-   for a photo from somebody's phone.
+4. Every single-token spelling of yes and no counts, not only the lower-case ones; and a share
+   stays what it is where no belief reaches 0.3. (The research code halves it there.)
+5. The listener is asked whether *every part* of a description fits, and reads both of its fields.
+6. The prompt says "the main subject" where the category is not known, as of a photo from
+   somebody's phone. Where it is, the prompt gives it, as the paper's do.
+7. The length reward pays 5 to 6 words and one sentence of 4 to 40 words, as the prompt asks. (The
+   research code takes 0.2 off for more than one sentence or fewer than 20 words, and 0.1 for a
+   coarse phrase that has not 6 to 8 words.)
 
 Shapes: N descriptions, K photos in a pool, V vocabulary.
 """
@@ -43,17 +52,30 @@ from dataclasses import dataclass
 import torch
 
 # ------------------------------------------------ what the speaker is asked, and what it answered
-SPEAK = (
-    "Describe the main subject of this photo so that somebody could tell it apart from very "
-    "similar ones. Answer in exactly this form: "
-    "<thinking> what makes it special </thinking> "
-    '<coarse> 5 to 6 words that start with "A photo of a" </coarse> '
-    '<detailed> one fluent sentence that starts with "The" and names 3 to 4 visible attributes '
-    "that set it apart </detailed> "
-    "Do not mention the background, the location or the state of the subject. "
-    "If it is a person, leave out clothing and accessories."
+MAIN_SUBJECT = "the main subject of this photo"
+SPEAK = (  # {subject}: see `speaker_prompt`
+    "Describe {subject} so that somebody could tell it apart from very similar ones. Do not "
+    "mention the background, the location or the state it is in. If it is a person, leave out "
+    "clothing and accessories. The coarse line has 5 to 6 words. The detailed line is one fluent "
+    "sentence that names 3 to 4 visible attributes which set it apart. Answer in exactly these "
+    "three lines, and fill in the dots:\n"
+    "<thinking>What makes it special is ...</thinking>\n"
+    "<coarse>A photo of a ...</coarse>\n"
+    "<detailed>The ...</detailed>"
 )
 FIELD_REWARDS = {"thinking": 0.34, "coarse": 0.33, "detailed": 0.33}  # the fields, in their order
+
+
+def speaker_prompt(photo, category):
+    """What the speaker is asked about a photo.   category: of its thing, "object" if not known
+
+    In the toy world the category stays away, since its model knows one wording only.
+    """
+    words = re.sub(r"[\W_]+", " ", category).strip()
+    subject = f"the {words} in this photo"
+    if category == "object" or not words or photo.truth:
+        subject = MAIN_SUBJECT
+    return SPEAK.replace("{subject}", subject)
 
 
 @dataclass(frozen=True)
@@ -173,7 +195,7 @@ def length_reward(description):
     coarse_words = len(description.coarse.split())
     detailed_words = len(description.detailed.split())
     # A sentence ends at .!? before a space or the end: not within 1.5. ("No. 5" is counted wrong.)
-    # The last stop is made exactly one, so that "..." is one end, and none is one, too.
+    # Whatever ends the text, nothing or "." or "...", is replaced by one ".".
     ends = re.findall(r"[.!?](?=\s|$)", description.detailed.rstrip(".!? ") + ".")
 
     coarse_fits = 5 <= coarse_words <= 6

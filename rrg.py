@@ -27,6 +27,10 @@ Where it departs from them:
 2. The listener is this network with LoRA off, and is asked each question once a step.
 3. The vision tower is frozen (lora.py).
 4. Sampling is plain: temperature 1, nothing cut off (model.py).
+5. How it is learned is not published (learning rate, beta, G, epochs), so it is as in a published
+   system of the kind: LoRA of rank 64 and alpha 128, lr 1e-5, beta 0.04, G 8. (benchmarks/README.md
+   has a table of all settings with their sources. The research code's runs are called alpha 1024.)
+6. An answer may take 256 tokens. (The research code lets a description take 128.)
 
 Shapes: B games, G descriptions of each, N = B*G rows, K photos in a pool, C tokens of the longest
 answer.
@@ -41,11 +45,20 @@ import torch
 
 import run
 import toy
-from data import Concept, Game, games_of_step, load_concepts, mine_games, split_concepts
+from data import (
+    Concept,
+    Game,
+    Split,
+    games_of_step,
+    load_concepts,
+    mine_games,
+    pick_concepts,
+    split_concepts,
+)
 from grpo import Batch, group_advantages, update
 from lora import add_lora, lora_off
 from model import MLLM, Clip, Prompt
-from reward import SPEAK, format_reward, length_reward, listener_reward, parse
+from reward import format_reward, length_reward, listener_reward, parse, speaker_prompt
 from run import option
 
 
@@ -68,13 +81,20 @@ class LearnerConfig:
         "such as google/dreambooth; default: the toy world",
         metavar="DIR",
     )
+    train_concepts: str = option(
+        "",
+        "train on these and hold out all others: a file with a name a line, or how many to draw, "
+        "so that their photos are about a thousand; default: a fifth is held out, and of four "
+        "categories or more some whole ones",
+        metavar="N|FILE",
+    )
     out: str = option("", "run folder; default: runs/DATE-TIME", metavar="DIR")
     seed: int = option(0, "seed of splits, games, initial adapters and samples")
     # --- how much ---
     steps: int = option(125, "training steps", toy=60, least=1)
     games: int = option(16, "B, games or prompts a step", toy=12, least=1)
     samples: int = option(8, "G, answers to each", least=2)
-    max_tokens: int = option(128, "longest possible answer, in tokens", toy=56, least=1)
+    max_tokens: int = option(256, "longest possible answer, in tokens", toy=56, least=1)
     # --- the learner ---
     lr: float = option(1e-5, "learning rate, reached after the warm-up; falls to 0", toy=5e-4)
     warmup: int = option(10, "steps of warm-up")
@@ -108,6 +128,9 @@ class Config(LearnerConfig):
 
     # --- the game and what it pays ---
     k: int = option(3, "K, photos in a pool: a hard positive and K - 1 hard negatives", least=2)
+    train_games: int = option(
+        0, "train on so many of the mined games, drawn by the seed; 0: on all of them", least=0
+    )
     negatives: str = option(
         "hard", "look-alikes, or any photos of other things", choices=("hard", "random")
     )
@@ -198,16 +221,25 @@ def picture_side(mllm):
     return 8 * 2 * patch  # a token is two by two patches
 
 
-def load_world(mllm, folder, seed):
+def load_world(mllm, folder, seed, train_concepts=""):
     """The concepts in a folder of photos, or of the toy world where there is none.
 
+    train_concepts: as --train-concepts; "" leaves the choice to `split_concepts`
     -> ([Concept, ...], Split)
     """
+    unseen = None
     if folder:
         concepts = load_concepts(folder)
-        return concepts, split_concepts(concepts, seed)
-    concepts = toy.world(seed, picture_side(mllm))
-    return concepts, split_concepts(concepts, seed, toy.UNSEEN)
+    else:
+        concepts = toy.world(seed, picture_side(mllm))
+        unseen = toy.UNSEEN
+    if not train_concepts:
+        return concepts, split_concepts(concepts, seed, unseen)
+
+    chosen = pick_concepts(concepts, train_concepts, seed)
+    names = {concept.name for concept in chosen}
+    others = [concept for concept in concepts if concept.name not in names]
+    return concepts, Split(train=chosen, test=others, unseen=[])
 
 
 def photos_of(concepts: list[Concept]):
@@ -217,7 +249,7 @@ def photos_of(concepts: list[Concept]):
 
 def mine(mllm, config):
     """Stage 1: from photos to games.   -> Games"""
-    concepts, split = load_world(mllm, config.data, config.seed)
+    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
     photos = photos_of(concepts)
     mllm.encode_photos(photos, "looking at the photos")
     embedder = Clip(config.embedder, mllm.device) if config.embedder else mllm
@@ -231,6 +263,8 @@ def mine(mllm, config):
         negatives=config.negatives,
         positive=config.positive,
     )
+    if 0 < config.train_games < len(train):
+        train = random.Random(f"train games {config.seed}").sample(train, config.train_games)
 
     # What is learned is always measured in hard games. Every other concept may be a rival there,
     # since those that are held out are few.
@@ -248,7 +282,12 @@ def mine(mllm, config):
     return Games(train, seen, unseen)
 
 
-# ----------------------------------------------------------------------- stages 3 and 4, and a step
+# ---------------------------------------------------------------------------- stages 2 to 4, a step
+def speaker_prompts(games):
+    """Stage 2: what the speaker sees and is asked.   -> [Prompt] * B"""
+    return [Prompt([game.target], speaker_prompt(game.target, game.category)) for game in games]
+
+
 def listen(mllm, games, descriptions):
     """Stage 3: the listener's belief in each photo of the pool.   -> [N, K]
 
@@ -281,6 +320,7 @@ def score(games, texts, descriptions, beliefs, config):
     positive = positive.repeat_interleave(per_game)  # [N]
     listener, picked_right = listener_reward(beliefs, positive, config.reward)
 
+    # In double precision, so that what is logged are exact means; stage 5 works in single.
     listener = listener.double()
     form = torch.tensor([format_reward(text) for text in texts], dtype=torch.float64)
     lengths = [length_reward(description) for description in descriptions]
@@ -308,7 +348,7 @@ def train_step(mllm, games, optimizer, step, config):
     N = len(games) * G
 
     # 1. Mine. The games were mined before training; the speaker sees a target only.
-    prompts = [Prompt([game.target], SPEAK) for game in games]
+    prompts = speaker_prompts(games)
 
     # 2. Speak, with LoRA on.
     seed = config.seed * 1_000_003 + step  # no other pair of seed and step has this number
@@ -325,7 +365,7 @@ def train_step(mllm, games, optimizer, step, config):
     scores = score(games, answers.texts, descriptions, beliefs, config)  # {column: [N]}
 
     # 5. Advantage. The siblings are the baseline.
-    rewards = scores["reward"].float().view(-1, G)  # [B, G], in fp32 like all that is learned from
+    rewards = scores["reward"].float().view(-1, G)  # [B, G]
     advantages = group_advantages(rewards, std_floor=config.std_floor).flatten()  # [N]
 
     # 6. Update. The reference policy is the same network with LoRA off.
@@ -392,6 +432,8 @@ def answer_rows(texts, scores, beliefs):
 def summarise(scores, texts, samples):
     """The means of a step's columns, and how the G answers of a game differ.   -> {column: float}
 
+    Of this process's answers; `run.Folder.log` takes the mean over all processes.
+
     scores {column: [N]}; texts: N, `samples` in a row a game
     """
     metrics = {name: column.mean().item() for name, column in scores.items()}
@@ -416,7 +458,7 @@ def play_greedily(mllm, games, config):
     games = run.my_part(games)
     rows = []
     if games:
-        prompts = [Prompt([game.target], SPEAK) for game in games]
+        prompts = speaker_prompts(games)
         texts = mllm.greedy(prompts, config.max_tokens, "playing held-out games")
         descriptions = [parse(text) for text in texts]
         with lora_off(mllm.model, when=config.listener == "frozen"):

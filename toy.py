@@ -53,6 +53,11 @@ SUBJECT = ("category", *IDENTITY)
 VIEW = ("place", "pose", "light")
 KIND_OF = {word: kind for kind, words in ATTRIBUTES.items() for word in words}
 UNSEEN = ("lamp", "bag", "duck")  # never trained on: the paper's unseen domains
+# All names that the checkpoint can spell. A concept is called by one of them, which tells its
+# category; RePIC's tasks draw theirs from all of them.
+NAMES = []  # mug-1, mug-2, ..., duck-12
+for _category in ATTRIBUTES["category"]:
+    NAMES += [f"{_category}-{number}" for number in range(1, 13)]
 SIDE = 64  # pixels of a photo, either way
 PATCH = 8  # pixels of one of the checkpoint's vision patches; those of real ones are 14
 

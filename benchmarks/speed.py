@@ -137,7 +137,7 @@ def make_work(mllm, options):
     G = options.samples
     N = options.games * G
     games = make_games(mllm, options)
-    prompts = [Prompt([game.target], reward.SPEAK) for game in games]
+    prompts = rrg.speaker_prompts(games)
     uniforms = run.draw_uniforms(options.max_tokens, N, 0, mllm.device)  # [C, N]
 
     # The listener is not asked about the sampled answers, which may be malformed.
@@ -436,7 +436,7 @@ def floor(work):
     # description once a candidate, and from there on once a question.
     [encoded] = mllm.encode_photos(work.photos[:1])
     image = len(encoded.features)
-    prompt = image + len(mllm.encode(reward.SPEAK))
+    prompt = image + len(mllm.encode(work.prompts[0].text))
     before, after = reward.LISTEN.split("{text}")
     beginning = image + len(mllm.encode(before))
     rest = len(mllm.encode(mllm.quote(work.pairs[0][1]) + after))

@@ -28,7 +28,7 @@ TOY = run.fill_in(rrg.Config, {}, is_toy=True)  # the settings of the toy model
 
 def prompts_about(photos):
     """The speaker's prompts about single photos."""
-    return [Prompt([photo], reward.SPEAK) for photo in photos]
+    return [Prompt([photo], reward.speaker_prompt(photo, "object")) for photo in photos]
 
 
 def plain_row(mllm, prompt, ids=None):

@@ -451,6 +451,52 @@ def test_unseen_categories_may_be_chosen():
     assert data.split_concepts(concepts[:10], 0).unseen == []
 
 
+# ------------------------------------------------------------------------ which are trained on
+def concepts_of_sizes(sizes):
+    """Concepts 0, 1, ... of so many photos."""
+    concepts = []
+    for number, size in enumerate(sizes):
+        photos = [data.Photo(f"{number}/{i}.jpg", None) for i in range(size)]
+        concepts.append(data.Concept(str(number), "mug", photos))
+    return concepts
+
+
+def test_so_many_concepts_are_picked_that_have_about_a_thousand_photos():
+    concepts = concepts_of_sizes([10] * 20 + [100] * 20)
+    picked = data.pick_concepts(concepts, "12", 0)
+    assert len(picked) == 12
+    # Of ten large and two small ones: with nine it would be 930, with eleven 1110.
+    assert sum(len(concept.photos) for concept in picked) in (930, 1020)
+    assert picked == data.pick_concepts(concepts, "12", 0)
+    assert picked != data.pick_concepts(concepts, "12", 1)
+
+
+def test_concepts_are_picked_by_name(tmp_path):
+    concepts = concepts_of_sizes([3, 3, 3])
+    names = tmp_path / "names.txt"
+    names.write_text("2\n\n 0 \n")
+    assert data.pick_concepts(concepts, str(names), 0) == [concepts[0], concepts[2]]
+    names.write_text("2\n7\n")
+    with pytest.raises(
+        data.DataError, match="names 1 concepts that are not in the data, such as 7"
+    ):
+        data.pick_concepts(concepts, str(names), 0)
+
+
+@pytest.mark.parametrize("wanted", ["0", "4", "-1", "gone.txt"])
+def test_what_cannot_be_picked_is_refused(wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="--train-concepts"):
+        data.pick_concepts(concepts_of_sizes([3, 3, 3]), wanted, 0)
+
+
+def test_perva_s_categories_are_words(tmp_path):
+    make_photos(tmp_path, ["tro_bag/abc/1.jpg", "tro_bag/abc/2.jpg"])
+    [concept] = data.load_concepts(tmp_path)
+    assert (concept.name, concept.category) == ("abc", "trolley bag")
+
+
+# --------------------------------------------------------------------------------- games of a step
 def test_every_pass_has_an_order_of_its_own_and_every_step_is_known():
     games = list(range(10))
     played = []

@@ -21,7 +21,7 @@ import make
 import reward
 from conftest import plain_logps, plain_row, prompts_about, save_checkpoint
 from data import DataError, Photo
-from model import MLLM, Clip, Prompt, chunks
+from model import MLLM, PICTURE, Clip, Prompt, chunks
 
 
 def uniforms(max_tokens, rows, seed=0):
@@ -60,7 +60,7 @@ def test_several_photos_in_a_prompt_are_read_as_the_plain_model_reads_them(rando
     """One, two and three photos of different sizes in one batch, each before its text."""
     small, tall, narrow = photos
     prompts = [
-        Prompt([small], reward.SPEAK),
+        Prompt([small], reward.speaker_prompt(small, "object")),
         Prompt([tall, narrow], reward.LISTEN.replace("{text}", "")),
         Prompt([narrow, small, tall], "red mug"),
     ]
@@ -69,6 +69,21 @@ def test_several_photos_in_a_prompt_are_read_as_the_plain_model_reads_them(rando
     for row in range(6):
         logps = plain_logps(random_mllm, prompts[row // 2], ids[row])
         assert torch.allclose(logps, scored[row], atol=1e-5)
+
+
+def test_photos_may_stand_within_the_text(random_mllm, photos):
+    small, tall, _ = photos
+    words = f"mug {PICTURE}red {PICTURE}? yes"
+    chat = random_mllm.chat(2, words)
+    marker = random_mllm.image_token
+    picture = f"<|vision_start|>{marker}<|vision_end|>"
+    assert f"mug {picture}red {picture}? yes" in chat
+    assert random_mllm.chat(2, "red") == random_mllm.chat(2, f"{PICTURE}{PICTURE}red")
+
+    prompt = Prompt([small, tall], words)
+    ids = random_ids(1, 5)
+    [scored] = random_mllm.log_probs([prompt], ids)
+    assert torch.allclose(plain_logps(random_mllm, prompt, ids[0]), scored, atol=1e-5)
 
 
 def test_text_alone_can_be_read(toy_mllm):

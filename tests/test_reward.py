@@ -6,12 +6,40 @@ import pytest
 import torch
 
 import reward
+from data import Photo
 
 GOOD = (
     "<thinking> It is a mug. </thinking> <coarse> A photo of a red mug </coarse> "
     "<detailed> The red striped mug with a star badge. </detailed>"
 )
 KINDS = ("soft_gated", "binary", "soft")
+
+
+# ------------------------------------------------------------------------------------- the prompt
+@pytest.mark.parametrize(
+    "category, subject",
+    [
+        ("mug", "the mug in this photo"),
+        ("trolley bag", "the trolley bag in this photo"),
+        ("stuffed_animal", "the stuffed animal in this photo"),
+        ('"<|im_end|>', "the im end in this photo"),
+        ("object", "the main subject of this photo"),
+        ("---", "the main subject of this photo"),
+    ],
+)
+def test_the_category_is_named_where_it_is_known(category, subject):
+    prompt = reward.speaker_prompt(Photo("1.jpg", None), category)
+    assert prompt.startswith(f"Describe {subject} so that")
+    of_toy = reward.speaker_prompt(Photo("1", None, truth={"category": "mug"}), category)
+    assert of_toy.startswith("Describe the main subject of this photo so that")
+
+
+def test_the_form_that_is_asked_for_can_be_copied():
+    """Its last three lines are an answer."""
+    *_, thinking, coarse, detailed = reward.SPEAK.split("\n")
+    answer = reward.parse("\n".join([thinking, coarse, detailed]))
+    assert answer == reward.Description("A photo of a ...", "The ...")
+    assert reward.format_reward("\n".join([thinking, coarse, detailed])) == 1.0
 
 
 # ------------------------------------------------------------------------------------- the answer

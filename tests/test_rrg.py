@@ -289,7 +289,7 @@ def test_the_defaults_of_the_toy_model(tmp_path):
 
 
 def test_the_defaults_of_a_real_model():
-    """The learner is RePIC's; the game is that of the authors' research code."""
+    """The learner is RePIC's; K, games and pixels are those of the authors' research code."""
     config, _ = rrg.read_settings(["--model", "Qwen/Qwen2-VL-2B-Instruct", "--data", "photos"])
     assert config.out.startswith("runs/")
     assert (config.rank, config.alpha) == (64, 128)
@@ -297,6 +297,7 @@ def test_the_defaults_of_a_real_model():
     assert (config.k, config.max_pixels) == (3, 401408)
     assert config.steps * config.games == 500 * 4  # 500 games, 4 epochs
     assert config.format_weight == 1.0
+    assert config.max_tokens == 256
 
 
 def test_resume_reads_the_settings_of_the_run(tmp_path):
@@ -358,6 +359,34 @@ def test_games_are_mined_as_the_settings_say_and_measured_in_hard_ones(toy_mllm,
 
     other = rrg.mine(toy_mllm, rrg.Config(eval_games=9, seed=1))
     assert other.seen != hard.seen
+
+
+def test_concepts_and_games_to_train_on_may_be_chosen(toy_mllm, monkeypatch, tmp_path):
+    """All other concepts are held out, and nothing is drawn from those that were chosen."""
+    shrink_world(monkeypatch)
+    names = tmp_path / "names.txt"
+    names.write_text("mug-1\nmug-2\nlamp-1\nlamp-2\n")
+    config = rrg.Config(train_concepts=str(names), train_games=7, eval_games=500)
+    games = rrg.mine(toy_mllm, config)
+    assert len(games.train) == 7
+    chosen = {"mug-1", "mug-2", "lamp-1", "lamp-2"}
+    assert {game.concept for game in games.train} <= chosen
+    assert not {game.concept for game in games.seen} & chosen
+    assert games.unseen == []
+    everything = rrg.mine(toy_mllm, dataclasses.replace(config, train_games=0))
+    assert {game.concept for game in everything.train} == chosen
+    assert {game.target for game in games.train} < {game.target for game in everything.train}
+
+    _, split = rrg.load_world(toy_mllm, "", 0, "40")
+    assert (len(split.train), split.unseen) == (40, [])
+    assert not {c.name for c in split.train} & {c.name for c in split.test}
+
+
+def test_a_run_of_all_concepts_has_nothing_held_out(toy_mllm, monkeypatch):
+    shrink_world(monkeypatch)
+    concepts, _ = rrg.load_world(toy_mllm, "", 0)
+    games = rrg.mine(toy_mllm, rrg.Config(train_concepts=str(len(concepts))))
+    assert (games.seen, games.unseen) == ([], [])
 
 
 # ------------------------------------------------------------------------------- a training step

@@ -119,7 +119,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 PROMPTS = {  # the tasks about one photo
-    "speak": reward.SPEAK,
+    "speak": reward.SPEAK.replace("{subject}", reward.MAIN_SUBJECT),
     "listen": reward.LISTEN,
     "recognition": assistant.RECOGNITION,
     "captioning": assistant.CAPTIONING,
@@ -1210,7 +1210,7 @@ def report_card(mllm, photos=2000):
     # It speaks.
     max_tokens = 56
     uniforms = torch.rand(max_tokens, photos, generator=torch.Generator().manual_seed(0))
-    prompts = [Prompt([photo], reward.SPEAK) for photo in subjects]
+    prompts = [Prompt([photo], PROMPTS["speak"]) for photo in subjects]
     uniforms = uniforms.to(mllm.device)
     texts = mllm.speak(prompts, max_tokens=max_tokens, uniforms=uniforms).texts
     parsed = [text for text in texts if reward.parse(text)]
