@@ -37,6 +37,7 @@ Shapes: K photos in a pool, D width of the vectors that similarity is measured w
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import random
 import re
@@ -52,6 +53,10 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+# What photos are opened as, whatever they are called. (The MPO of some phones is a kind of JPEG.
+# Other formats that Pillow knows, such as EPS, are read by starting other programs.)
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+LONGEST = 200  # times as long as wide: the vision tower's own limit
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make, reported
 NOT_CONCEPTS = {"laion", "negative_example"}  # unrelated photos that some benchmarks ship
@@ -64,6 +69,7 @@ CATEGORY_WORDS = {
 }
 WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whole benchmark
 DRAWS = 1000  # of `pick_concepts`
+POOL = 3  # concepts that are left to train on at least, if there are four
 LFS_POINTER = b"version https://git-lfs"
 # What Pillow raises on files that are no pictures, or too large ones.
 UNREADABLE = (
@@ -100,6 +106,8 @@ class Photo:
     truth: dict | None = field(default=None, repr=False, compare=False)  # toy world only
     # "train" or "test" of a benchmark that comes in two parts; evaluate.py minds it.
     part: str = field(default="", repr=False, compare=False)
+    # A hash of size and pixels, by which copies are found; "" of what was drawn by a seed.
+    pixels: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -139,13 +147,29 @@ class Split:
     test: list[Concept]
     unseen: list[Concept]
 
+    def names(self):
+        """{part: names of its concepts}, which a run's config.json keeps."""
+        return {
+            "train": [concept.name for concept in self.train],
+            "test": [concept.name for concept in self.test],
+            "unseen": [concept.name for concept in self.unseen],
+        }
+
+    def photo_hashes(self):
+        """{photo name: hash of its pixels} of all concepts, by which --resume knows them again."""
+        hashes = {}
+        for concept in self.train + self.test + self.unseen:
+            hashes |= {photo.name: photo.pixels for photo in concept.photos}
+        return hashes
+
 
 # ---------------------------------------------------------------------------------- reading photos
 def read_photo(path):
     """A photo as an RGB picture the right way up.
 
     EXIF rotation is applied, transparency is put on white; palettes, CMYK and 16 bit are
-    converted. Raises DataError for a Git-LFS pointer and one of UNREADABLE for what is no picture.
+    converted. Raises DataError for a Git-LFS pointer and one of UNREADABLE for what is no picture
+    that the model can look at.
     """
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -155,7 +179,9 @@ def read_photo(path):
             )
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"more than {LONGEST} times as long as wide")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which convert alone would clip at 255
                 image = image.point(lambda value: value / 256).convert("L")
@@ -169,13 +195,13 @@ def read_photo(path):
 def fingerprint(picture):
     """A hash of size and pixels: the same for all copies of a picture, whatever their files are
     called."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def natural(path):
     """Sort key that puts 10.jpg after 9.jpg."""
     parts = re.split(r"(\d+)", str(path))
-    return [int(part) if part.isdigit() else part.lower() for part in parts]
+    return [int(part) if part.isdecimal() else part.lower() for part in parts]
 
 
 # ------------------------------------------------------------------- from a folder to concepts
@@ -204,10 +230,12 @@ def known_categories(root, log):
     for file in sorted(root.glob("*.npy")):
         try:
             words = np.load(file, allow_pickle=False)
-        except ValueError:
+        except (ValueError, EOFError, OSError, MemoryError):
+            words = None
+        if words is None or words.ndim != 1 or words.dtype.kind != "U":
             log(
-                f"{file} holds Python objects, which could run code when read; it is left alone "
-                'and every category is "object"'
+                f"{file} is not read, since it is no plain list of words (Python objects could run "
+                'code): every category is "object"'
             )
             continue
         return {str(number): str(word) for number, word in enumerate(words)}
@@ -217,8 +245,10 @@ def known_categories(root, log):
 def read_classes(file):
     """DreamBooth's prompts_and_classes.txt: "subject_name,class", then a line such as "dog2,dog"
     for each concept, until the word Prompts.   -> {concept name: category}"""
+    with one_line_errors(f"{file} is not a text in UTF-8", OSError, ValueError):
+        text = file.read_text(encoding="utf-8")
     categories = {}
-    for line in file.read_text().split("Prompts")[0].splitlines():
+    for line in text.split("Prompts")[0].splitlines():
         row = line.strip().split(",")
         if len(row) == 2 and row[0] != "subject_name":
             categories[row[0]] = row[1]
@@ -261,28 +291,57 @@ class Found:
     """What is found in a folder of photos: photos by concept, and what had to be skipped."""
 
     def __init__(self):
-        self.photos = defaultdict(dict)  # (category, concept name): {(part, fingerprint): Photo}
+        self.photos = defaultdict(list)  # {(category, concept name): [Photo]}
         self.unsupported = []
         self.broken = []
         self.copies = []
+        self.shared = []
 
-    def add(self, concept, photo, pixels):
-        """Keep a photo, unless it is a copy of another one of the same concept and part."""
-        identity = (photo.part, pixels)
-        if identity in self.photos[concept]:
-            self.copies.append(photo.name)
-        else:
-            self.photos[concept][identity] = photo
+    def leave_out_copies(self):
+        """Of the copies of a picture keep one; none where they are of different concepts.
+
+        A picture of two concepts would be target and negative at once. Of copies in the two parts
+        of a benchmark that in "train" stays: a test should not be a copy of what was described.
+        """
+        owners = defaultdict(set)  # {pixels: concepts}
+        in_train = set()  # pixels
+        for concept, photos in self.photos.items():
+            for photo in photos:
+                owners[photo.pixels].add(concept)
+                if photo.part == "train":
+                    in_train.add(photo.pixels)
+
+        for concept, photos in self.photos.items():
+            kept = {}  # {pixels: Photo}
+            for photo in photos:
+                if len(owners[photo.pixels]) > 1:
+                    self.shared.append(photo.name)
+                elif photo.pixels in kept or (photo.part == "test" and photo.pixels in in_train):
+                    self.copies.append(photo.name)
+                else:
+                    kept[photo.pixels] = photo
+            self.photos[concept] = list(kept.values())
 
     def concepts(self, least):
-        """-> [Concept, ...] sorted by name, of those with at least `least` photos."""
+        """-> [Concept, ...] sorted by name, of those with at least `least` photos.
+
+        Raises DataError where prompts would have no name for a concept, or one for two.
+        """
         count = Counter(name for _, name in self.photos)
         concepts = []
+        names = {}  # {name in prompts: name}
         for (category, name), photos in self.photos.items():
             if count[name] > 1:  # in two categories the same name is ambiguous
                 name = f"{category}/{name}"
-            if len(photos) >= least:
-                concepts.append(Concept(name, category, list(photos.values())))
+            if len(photos) < least:
+                continue
+            other = names.setdefault(tag(name), name)
+            if other != name or tag(name) == "<>":
+                raise DataError(
+                    f"the folders {other} and {name} would both be called {tag(name)} in prompts; "
+                    "rename one, with letters or digits"
+                )
+            concepts.append(Concept(name, category, photos))
         return sorted(concepts, key=lambda concept: natural(concept.name))
 
     def report(self, least, log):
@@ -292,36 +351,64 @@ class Found:
             ("files of a kind that is not read here (save them as JPEG or PNG)", self.unsupported),
             ("photos that cannot be read", self.broken),
             ("copies of another photo of the same thing", self.copies),
+            ("photos that lie in the folders of two things", self.shared),
             ("concepts with one photo only", too_few),
         ):
             if names:
-                log(f"skipped {what}: {len(names)}, such as {names[0]}")
+                log(f"skipped {what}: {len(names)}, such as {printable(names[0])}")
+
+
+def printable(name):
+    """A file name that any terminal can show; those that are not UTF-8 have their bytes spelled."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def files_below(root):
+    """All files below a folder, and below what its links lead to, in natural order.   -> [Path]
+
+    No folder is entered twice: of one that is there itself and through a link, the link is left.
+    """
+    paths = []
+    entered = set()
+    waiting = [root]
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0)):
+            if os.path.realpath(folder) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(folder))
+            paths += [pathlib.Path(folder, name) for name in names]
+            below = [pathlib.Path(folder, name) for name in sorted(folders)]
+            waiting += [path for path in below if path.is_symlink()]
+    return sorted(paths, key=natural)
 
 
 def load_concepts(root, log=print, least=2):
     """Read a folder of photos.   -> [Concept, ...] sorted by name, each with `least` photos or more
 
     Every photo is read once, so that a broken one is found now and not in the middle of training.
-    Broken photos, copies of another photo of the same concept and part, and concepts left with too
-    few are skipped, counted and reported through `log`. If one photo is enough (least=1), a photo
+    Broken photos, copies (see `Found.leave_out_copies`), and concepts left with too few are
+    skipped, counted and reported through `log`. If one photo is enough (least=1), a photo
     in the root itself is a concept named as its file. Raises DataError for a folder without
     concepts, for a photo that lies too deep, and for Git-LFS pointers.
     """
     root = find_folder(root)
     categories = known_categories(root, log)
     found = Found()
-    paths = sorted(root.rglob("*"), key=natural)
-    for path in tqdm(paths, desc="reading photos", leave=False):
+    for path in tqdm(files_below(root), desc="reading photos", leave=False):
         name = path.relative_to(root)
         if path.suffix.lower() in UNREAD_SUFFIXES:
             found.unsupported.append(name)
-        if path.suffix.lower() not in PHOTO_SUFFIXES or path.is_dir():
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
             continue
         if any(part.startswith(".") or part in NOT_CONCEPTS for part in name.parts):
             continue
 
         place = parse_folders(path, root, allow_loose=least == 1)
         try:
+            str(name).encode("utf-8")  # or it could not be written into any record
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError("not a file")
             # A Git-LFS pointer raises DataError and ends it here: there will be more of them.
             pixels = fingerprint(read_photo(path))
         except UNREADABLE as error:
@@ -334,9 +421,10 @@ def load_concepts(root, log=print, least=2):
         else:
             [concept] = place.folders
             category = categories.get(concept, "object")
-        photo = Photo(str(name), partial(read_photo, path), part=place.part)
-        found.add((category, concept), photo, pixels)
+        photo = Photo(str(name), partial(read_photo, path), part=place.part, pixels=pixels)
+        found.photos[category, concept].append(photo)
 
+    found.leave_out_copies()
     found.report(least, log)
     concepts = found.concepts(least)
     if not concepts:
@@ -349,16 +437,20 @@ def load_concepts(root, log=print, least=2):
 
 
 def tag(name):
-    """A concept's name as prompts and captions write it: one word in angle brackets."""
-    return "<" + re.sub(r"[^\w-]+", "_", name).strip("_") + ">"
+    """A concept's name as prompts and captions write it: one word in angle brackets.
+
+    Letters, digits, - and what is not ASCII, such as an emoji, stay; the rest becomes _.
+    """
+    words = " ".join(name.split())
+    return "<" + re.sub(r"[^\w\-\u00a1-\U0010ffff]+", "_", words).strip("_") + ">"
 
 
 def split_concepts(concepts, seed, unseen=None):
     """Split concepts, not photos (departure 4).   -> Split
 
     unseen: whole categories that are never trained on; by default, of four categories or more, a
-    sixth of them, at least one. Of the other concepts a fifth, at least one, is kept for testing.
-    (Our choice: no split is published.)
+    sixth of them, at least one, if enough concepts are left for a pool. Of the other concepts a
+    fifth, at least one, is kept for testing. (Our choice: no split is published.)
     """
     rng = random.Random(f"split {seed}")
     categories = sorted({concept.category for concept in concepts})
@@ -366,6 +458,9 @@ def split_concepts(concepts, seed, unseen=None):
         unseen = []
         if len(categories) >= 4:
             unseen = rng.sample(categories, max(1, len(categories) // 6))
+        seen = [concept for concept in concepts if concept.category not in unseen]
+        if len(seen) - max(1, len(seen) // 5) < POOL:
+            unseen = []
     shuffled = rng.sample(concepts, len(concepts))
 
     # Order by rounds: the first concept of every category, then the second of every one, and so
@@ -426,19 +521,50 @@ class Similarity:
     """Similarity to one target photo: of a photo the cosine, which for unit vectors is the dot
     product; of a concept the mean cosine of its photos."""
 
-    def __init__(self, target, photo_vectors, concept_vectors):
-        self.target = photo_vectors[target.name]  # [D]
-        self.photo_vectors = photo_vectors  # {photo name: [D]}
-        self.concept_vectors = concept_vectors  # {concept name: [D]}
+    def __init__(self, to_photo, to_concept):
+        self.to_photo = to_photo  # {photo name: float}
+        self.to_concept = to_concept  # {concept name: float}
 
     def of_photo(self, photo):
-        return float(self.target @ self.photo_vectors[photo.name])
+        return self.to_photo[photo.name]
 
     def of_concept(self, concept):
-        return float(self.target @ self.concept_vectors[concept.name])
+        return self.to_concept[concept.name]
 
     def best_photo(self, concept):
         return max(concept.photos, key=self.of_photo)
+
+
+class Similarities:
+    """Similarity to any target, among all photos of some concepts.
+
+    vectors {photo name: unit vector [D]}; the vector of a concept is the mean of its photos'.
+    """
+
+    def __init__(self, concepts, vectors):
+        self.vectors = vectors
+        photo_vectors = {}
+        concept_vectors = {}
+        for concept in concepts:
+            of_concept = {photo.name: vectors[photo.name] for photo in concept.photos}
+            photo_vectors |= of_concept
+            concept_vectors[concept.name] = torch.stack(list(of_concept.values())).mean(0)
+        self.photo_names = list(photo_vectors)
+        self.concept_names = list(concept_vectors)
+        self.of_photos = torch.stack(list(photo_vectors.values()))  # [photos, D]
+        self.of_concepts = torch.stack(list(concept_vectors.values()))  # [concepts, D]
+
+    def to_targets(self, targets):
+        """All at once, since thousands of single dot products are slow.   -> [Similarity] * T"""
+        of_targets = torch.stack([self.vectors[target.name] for target in targets])  # [T, D]
+        to_photos = (of_targets @ self.of_photos.T).tolist()  # T lists, one number a photo
+        to_concepts = (of_targets @ self.of_concepts.T).tolist()
+        rows = []
+        for to_photo, to_concept in zip(to_photos, to_concepts, strict=True):
+            to_photo = dict(zip(self.photo_names, to_photo, strict=True))
+            to_concept = dict(zip(self.concept_names, to_concept, strict=True))
+            rows.append(Similarity(to_photo, to_concept))
+        return rows
 
 
 def hard_negatives(concept, others, similarity, count):
@@ -495,18 +621,14 @@ def mine_games(
             f"a pool of K={k} photos needs {k} concepts, here are only {len(rivals)}; add some or "
             "lower --k"
         )
-    concept_vectors = {}
-    for rival in rivals:
-        photo_vectors = torch.stack([vectors[photo.name] for photo in rival.photos])  # [photos, D]
-        concept_vectors[rival.name] = photo_vectors.mean(0)  # [D]
-
+    similarities = Similarities(concepts + rivals, vectors)
     games = []
     filled_up = 0
     for concept in concepts:
         others = [rival for rival in rivals if rival.name != concept.name]
-        for target in concept.photos:
+        to_targets = similarities.to_targets(concept.photos)
+        for target, similarity in zip(concept.photos, to_targets, strict=True):
             rng = random.Random(f"game {seed} {target.name}")
-            similarity = Similarity(target, vectors, concept_vectors)
 
             # The positive: another photo of the same concept.
             same_concept = [photo for photo in concept.photos if photo is not target]

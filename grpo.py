@@ -113,13 +113,20 @@ def grpo_loss(
                                                                         (DAPO)
 
     logp, old_logp, ref_logp [N, C]; advantages [N]; mask [N, C], 1 up to and including the token
-    that ends the answer. total: where this is a micro-batch, how many answers the whole batch has
-    (for "dapo": how many tokens), to divide by that. The losses of the micro-batches then add up
-    to the loss of the batch, and so do their gradients.
-    stats: "kl", mean k3 per token; "clip_high" and "clip_low", the share of tokens whose gradient
-    the clip has cut.
+    that ends the answer. old_logp None: the answers were not sampled but given, and the ratio is 1,
+    so that the gradient is that of the log-likelihood. ref_logp None: no penalty, beta must be 0.
+    total: where this is a micro-batch, how many answers the whole batch has (for "dapo": how many
+    tokens), to divide by that. The losses of the micro-batches then add up to the loss of the
+    batch, and so do their gradients.
+    stats: "kl", mean k3 per token, if there is a reference; "clip_high" and "clip_low", the share
+    of tokens whose gradient the clip has cut.
     """
+    # What stands after the end of an answer may be anything. It is blanked, since a product with
+    # the mask would not do: 0 * inf is not 0.
+    blank = ~mask.bool()  # [N, C]
     mask = mask.to(logp.dtype)  # [N, C]
+    logp = logp.masked_fill(blank, 0.0)
+    old_logp = logp.detach() if old_logp is None else old_logp.masked_fill(blank, 0.0)
     advantages = advantages[:, None]  # [N, 1]
     ratio = (logp - old_logp).exp()  # [N, C]
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)  # [N, C]
@@ -128,8 +135,15 @@ def grpo_loss(
     # or less likely (A < 0) by more than eps, the clipped term is the smaller one, and it is
     # constant: nothing more is gained by going further from the policy that sampled.
     surrogate = torch.min(ratio * advantages, clipped * advantages)  # [N, C]
-    kl = kl_k3(logp, ref_logp)  # [N, C]
-    per_token = (-surrogate + beta * kl) * mask  # [N, C]
+    per_token = -surrogate  # [N, C]
+    stats = {}
+    if ref_logp is not None:
+        kl = kl_k3(logp, ref_logp.masked_fill(blank, 0.0))  # [N, C]
+        per_token = per_token + beta * kl
+        stats["kl"] = masked_mean(kl, mask)
+    elif beta:
+        raise ValueError(f"a KL penalty of weight {beta} needs the reference: give ref_logp")
+    per_token = per_token * mask  # [N, C]
 
     if loss == "grpo":
         per_answer = per_token.sum(-1) / mask.sum(-1).clamp(min=1)  # [N]
@@ -148,11 +162,8 @@ def grpo_loss(
     # The clip has cut the gradient where min took the constant.
     cut_high = (ratio > 1 + eps_high) & (advantages > 0)  # [N, C]
     cut_low = (ratio < 1 - eps_low) & (advantages < 0)  # [N, C]
-    stats = {
-        "kl": masked_mean(kl, mask),
-        "clip_high": masked_mean(cut_high, mask),
-        "clip_low": masked_mean(cut_low, mask),
-    }
+    stats["clip_high"] = masked_mean(cut_high, mask)
+    stats["clip_low"] = masked_mean(cut_low, mask)
     return value, stats
 
 
@@ -168,9 +179,15 @@ class Batch:
 
     ids: torch.Tensor  # [N, C]
     mask: torch.Tensor  # [N, C], true up to and including the token that ends the answer
-    old_logps: torch.Tensor  # [N, C], log-probs at the time of sampling
-    ref_logps: torch.Tensor  # [N, C], log-probs under the reference policy
+    old_logps: torch.Tensor | None  # [N, C], log-probs when it was sampled; None: it was not
+    ref_logps: torch.Tensor | None  # [N, C], log-probs under the reference; None: there is none
     advantages: torch.Tensor  # [N]
+
+    def part(self, rows):
+        """The answers in a slice.   -> Batch"""
+        old = None if self.old_logps is None else self.old_logps[rows]
+        reference = None if self.ref_logps is None else self.ref_logps[rows]
+        return Batch(self.ids[rows], self.mask[rows], old, reference, self.advantages[rows])
 
 
 def add_up(tensors):
@@ -202,7 +219,8 @@ def update(
     logps(rows): log-probs [n, C] of the n answers in `rows`, a slice of the N, under the policy as
     it is now, with gradient
     slices: the micro-batches, which together are all N answers
-    -> {"kl", "clip_fraction": means per token; "grad_norm": before it is clipped to 1}
+    -> {"clip_fraction" and, if there is a reference, "kl": means per token; "grad_norm": before it
+        is clipped to 1}
 
     Each loss is divided by the total of *all* micro-batches and processes. So gradients simply
     add up, and but for rounding neither the size of a micro-batch nor the number of processes
@@ -220,12 +238,13 @@ def update(
     grad_norm = 0.0
     for _ in range(mu):
         for rows in slices:
+            part = batch.part(rows)
             micro_loss, stats = grpo_loss(
                 logps(rows),
-                batch.old_logps[rows],
-                batch.ref_logps[rows],
-                batch.advantages[rows],
-                batch.mask[rows],
+                part.old_logps,
+                part.ref_logps,
+                part.advantages,
+                part.mask,
                 eps_low=eps_low,
                 eps_high=eps_high,
                 beta=beta,
@@ -236,9 +255,10 @@ def update(
             micro_loss.backward()
             # Weighted by its share of all tokens and updates, each micro-batch's mean adds up to
             # the mean over all of them.
-            share = batch.mask[rows].sum() / tokens / mu
+            share = part.mask.sum() / tokens / mu
             clip_fraction = stats["clip_high"] + stats["clip_low"]
-            means += share * torch.tensor([stats["kl"], clip_fraction], device=means.device)
+            kl = stats.get("kl", 0.0)
+            means += share * torch.tensor([kl, clip_fraction], device=means.device)
 
         add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -250,4 +270,7 @@ def update(
 
     add_up([means])
     kl, clip_fraction = means.tolist()
-    return {"kl": kl, "clip_fraction": clip_fraction, "grad_norm": grad_norm}
+    metrics = {"clip_fraction": clip_fraction, "grad_norm": grad_norm}
+    if batch.ref_logps is not None:
+        metrics["kl"] = kl
+    return metrics

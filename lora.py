@@ -191,16 +191,27 @@ def write_json(path, content):
 
 # ------------------------------------------------------------------ the adapter in PEFT's format
 PEFT_PREFIX = "base_model.model."  # how every key of PEFT begins
-# Settings of PEFT's that change what an adapter computes in a way not implemented here.
-UNSUPPORTED = (
-    "use_rslora",
-    "use_dora",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-)
+# Settings of PEFT's that leave what an adapter computes as it is. Any other that is set makes it an
+# adapter of another kind.
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",  # which layers are adapted can be seen from the tensors
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",  # which works in training only
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+# How A and B may have begun. Other ways (PiSSA, OLoRA, CorDA, LoftQ) changed W, too.
+BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(model, folder, base=""):
@@ -249,24 +260,30 @@ def read_adapter_config(folder):
     """-> (rank, alpha) of a PEFT adapter. Raises ValueError on a kind not implemented here."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not an adapter folder that can be read: {error}") from error
 
     if not isinstance(config, dict):
         raise ValueError(f"{folder} cannot be read: adapter_config.json is not an object")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ValueError(f"{folder} cannot be read: adapter_config.json has no {key} above 0")
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{folder} cannot be read: adapter_config.json has no whole r above 0")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"{folder} cannot be read: adapter_config.json has no lora_alpha above 0")
 
-    different = [name for name in UNSUPPORTED if config.get(name)]
+    different = []
     if config.get("peft_type") != "LORA":
         different.append(f"peft_type {config.get('peft_type')}")
-    if config.get("bias", "none") != "none":
-        different.append(f"bias {config['bias']}")
+    if config.pop("bias", "none") != "none":
+        different.append("bias")
+    if config.pop("init_lora_weights", True) not in BEGINNINGS:
+        different.append("init_lora_weights")
+    different += [name for name, value in config.items() if value and name not in HARMLESS]
     if different:
         kinds = ", ".join(different)
         raise ValueError(f"{folder} is an adapter of a kind not implemented here ({kinds})")
-    return config["r"], config["lora_alpha"]
+    return rank, alpha
 
 
 def check_fit(folder, model, tensors, rank):

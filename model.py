@@ -142,15 +142,18 @@ class MLLM:
             dtype = torch.bfloat16
 
         with one_line_errors(f"cannot load the model {name}", OSError, ValueError):
-            family = AutoConfig.from_pretrained(name).model_type
+            # No code that comes with a checkpoint is run, and no pickle is read.
+            family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
             if family not in FAMILIES:
                 raise DataError(
                     f"{name} is a {family}; this program plays with Qwen2-VL and Qwen2.5-VL "
                     "checkpoints"
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(name, max_pixels=max_pixels)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
         # eval() for good: dropout would make the policy that is trained differ from the one that
         # was sampled.
         self.model = model.to(self.device).eval()
@@ -180,9 +183,11 @@ class MLLM:
         ends = self.model.generation_config.eos_token_id  # an id, a list of ids, or None
         if not isinstance(ends, list):
             ends = [ends]
+        ends = {*ends, self.tokenizer.eos_token_id}
         end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        ends = {*ends, self.tokenizer.eos_token_id, end_of_turn}
-        return sorted(ends - {None, self.tokenizer.unk_token_id})
+        if end_of_turn != self.tokenizer.unk_token_id:  # which a word gets that is not there
+            ends.add(end_of_turn)
+        return sorted(ends - {None})
 
     def single_tokens(self, *spellings):
         """-> sorted ids of those spellings that this tokenizer has as one token"""
@@ -413,15 +418,20 @@ class MLLM:
             texts += self.speak(part, max_tokens=max_tokens).texts
         return texts
 
-    def log_probs(self, prompts, ids):
+    def log_probs(self, prompts, ids, mask=None):
         """Log-probs of given answers under the model as it is now, with gradient.
 
-        B prompts, ids [N, C] with N a multiple of B, a prompt's answers together -> [N, C]
+        B prompts, ids [N, C] with N a multiple of B, a prompt's answers together; mask [N, C], true
+        up to the end of an answer, after which log-probs mean nothing (None: it never ends)
+        -> [N, C]
         """
         prefix = self.prefill_prompts(prompts, len(ids) // len(prompts))
+        width = ids.shape[1]
+        if mask is not None:  # nothing is computed beyond the longest of these answers
+            ids = ids[:, : mask.sum(1).max()]
         # What predicts a token is the state before it: for the first one the prompt's last, for
-        # the others those of ids[:, :-1]. No mask is needed: what follows the end of an answer is
-        # not seen by anything before it, and the loss leaves it out.
+        # the others those of ids[:, :-1]. The mask hides no token: what follows the end of an
+        # answer is not seen by anything before it, and the loss leaves it out.
         hidden = prefix.last[:, None]  # [N, 1, D]
         if ids.shape[1] > 1:
             hidden = torch.cat([hidden, self.extend(prefix, ids[:, :-1])], 1)  # [N, C, D]
@@ -437,7 +447,7 @@ class MLLM:
         logps = []
         for hidden_part, ids_part in zip(hidden_parts, ids_parts, strict=True):
             logps.append(checkpoint(logps_of, hidden_part, ids_part, use_reentrant=False))
-        return torch.cat(logps).view_as(ids)
+        return F.pad(torch.cat(logps).view_as(ids), (0, width - ids.shape[1]))
 
     # --------------------------------------------------------------- one photo, several texts
     @torch.no_grad()  # which holds inside this generator only, not in what uses it
@@ -456,11 +466,17 @@ class MLLM:
         self.check_words([tail])
         # By length, so that there is little padding.
         distinct = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[1]))
-        photos = list(dict.fromkeys(photo for photo, _ in pairs))
-        for some_photos in chunks(photos, ROWS):
+        place = {pair: i for i, pair in enumerate(distinct)}
+        about = {photo: [] for photo, _ in pairs}  # {photo: its pairs}
+        for pair in distinct:
+            about[pair[0]].append(pair)
+        for some_photos in chunks(list(about), ROWS):
             prefix = self.prefill([head] * len(some_photos), [[photo] for photo in some_photos])
             row_of = {photo: row for row, photo in enumerate(some_photos)}
-            about_them = [pair for pair in distinct if pair[0] in row_of]
+            about_them = []
+            for photo in some_photos:
+                about_them += about[photo]
+            about_them.sort(key=place.get)
             for some_pairs in chunks(about_them, ROWS):
                 rows = [row_of[photo] for photo, _ in some_pairs]
                 # A copy, since the next pairs want the prefix again.
@@ -513,7 +529,7 @@ class Clip:
         with one_line_errors(f"cannot load the CLIP model {name}", OSError, ValueError):
             self.model = CLIPModel.from_pretrained(name).to(device).eval()
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     @torch.no_grad()
     def embed(self, photos):

@@ -170,7 +170,8 @@ def read_settings(argv=None):
 # otherwise. The first table is about the learner, and repic.py shares it.
 LEARNER_METRICS = {
     "nll": "minus the mean log-probability of an answer's tokens: an estimate of the entropy",
-    "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token",
+    "kl": "k3 estimate of KL(speaker || the model with LoRA off), per token; empty with --beta 0, "
+    "where nobody asks for it",
     "clip_fraction": "share of tokens whose gradient the clip has cut; 0 with one update per step",
     "zero_std_groups": "share of games whose answers all earned the same: no advantage, only KL",
     "distinct": "share of different texts among the G answers of a game",
@@ -211,6 +212,7 @@ class Games:
     train: list[Game]
     seen: list[Game]
     unseen: list[Game]
+    split: Split  # the concepts that they are about
 
 
 def picture_side(mllm):
@@ -279,7 +281,7 @@ def mine(mllm, config):
         f"{len(split.test)} held out ({len(seen)} games), "
         f"{len(split.unseen)} of unseen categories ({len(unseen)} games)"
     )
-    return Games(train, seen, unseen)
+    return Games(train, seen, unseen, split)
 
 
 # ---------------------------------------------------------------------------- stages 2 to 4, a step
@@ -371,14 +373,18 @@ def train_step(mllm, games, optimizer, step, config):
     # 6. Update. The reference policy is the same network with LoRA off.
     def logps(rows):
         """Log-probs [n, C] of the answers in the slice `rows`, under the model as it is now."""
-        return mllm.log_probs(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
+        return mllm.log_probs(
+            prompts[rows.start // G : rows.stop // G], answers.ids[rows], answers.mask[rows]
+        )
 
     # Micro-batches are whole games, so that a prompt is read once. (The last may reach beyond N,
     # where slices end by themselves.)
     size = config.micro * G
     micro_batches = [slice(first, first + size) for first in range(0, N, size)]
-    with torch.no_grad(), lora_off(mllm.model):
-        reference = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
+    reference = None
+    if config.beta > 0:
+        with torch.no_grad(), lora_off(mllm.model):
+            reference = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
     batch = Batch(
         ids=answers.ids,
         mask=answers.mask,
@@ -438,7 +444,7 @@ def summarise(scores, texts, samples):
     """
     metrics = {name: column.mean().item() for name, column in scores.items()}
 
-    rewards = scores["reward"].view(-1, samples)  # [B, G]
+    rewards = scores["reward"].float().view(-1, samples)  # [B, G], as the advantages see them
     all_equal = rewards.amax(1) == rewards.amin(1)  # [B]
     metrics["zero_std_groups"] = all_equal.double().mean().item()
 
@@ -536,10 +542,10 @@ def train(config, resume=False):
     optimizer = new_learner(mllm, config)
 
     if resume:
-        state = folder.restore(mllm.model, optimizer)
+        state = folder.restore(mllm.model, optimizer, games.split)
     else:  # every lora_B is still 0, so this measures the model as it came
         state = run.State(step=0, seconds=0.0, before=exam(mllm, games, config))
-        folder.begin(mllm.device)
+        folder.begin(mllm.device, games.split)
         folder.save(state, mllm.model, optimizer)
 
     for step in folder.steps(state.step):

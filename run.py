@@ -228,7 +228,8 @@ def saved_settings(cls, folder):
 def resumed_settings(cls, given):
     """The settings of the run to go on with, which what is given must not change.   -> cls
 
-    Only --micro may change, which changes no result and helps after running out of memory.
+    Only --micro may change, which changes no result and helps after running out of memory, and
+    --data, for photos that have moved (`Folder.restore` compares them).
     Raises DataError where there is nothing to resume or a setting differs.
     """
     folder = given.get("out") or newest_run()
@@ -237,6 +238,7 @@ def resumed_settings(cls, given):
     settings = saved_settings(cls, folder)
     settings.out = folder
     settings.micro = max(1, given.get("micro", settings.micro))
+    settings.data = given.get("data", settings.data)
     for name, now in given.items():
         was = getattr(settings, name)
         if was != now:
@@ -267,6 +269,18 @@ def step_of(line):
     """The training step of a line of metrics.csv or samples.jsonl; 0 for a heading."""
     found = re.match(r'(?:\{"step": )?(\d+)', line)
     return int(found[1]) if found else 0
+
+
+def what_changed(before, now):
+    """How two sets of photos differ, in words, "" if they do not.   {name: hash of the pixels}"""
+    both = before.keys() & now.keys()
+    found = {
+        "gone": sorted(before.keys() - now.keys()),
+        "new": sorted(now.keys() - before.keys()),
+        "changed": sorted(name for name in both if before[name] != now[name]),
+    }
+    words = [f"{len(names)} {how}, such as {names[0]}" for how, names in found.items() if names]
+    return "; ".join(words)
 
 
 def cut_log(file, step):
@@ -302,9 +316,11 @@ class Folder:
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
         self.bar = None
+        self.photos = {}  # {name: hash of the pixels} of all that the run has
 
-    def begin(self, device):
-        """Write down what this run is, and begin its logs."""
+    def begin(self, device, split=None):
+        """Write down what this run is, and begin its logs.   split: of its concepts, if any"""
+        self.photos = {} if split is None else split.photo_hashes()
         if not self.writes:
             return
         record = {
@@ -317,6 +333,7 @@ class Folder:
             "device": machine(device),
             "method": self.method,
             "settings": dataclasses.asdict(self.config),
+            "concepts": None if split is None else split.names(),
         }
         write_json(self.path / "config.json", record)
         (self.path / "metrics.csv").write_text(",".join(self.columns) + "\n")
@@ -330,12 +347,14 @@ class Folder:
         content = dataclasses.asdict(state)
         content["lora"] = lora_state(model)
         content["optimizer"] = optimizer.state_dict()
+        content["photos"] = self.photos
         write_atomically(self.path / "state.pt", functools.partial(torch.save, content))
 
-    def restore(self, model, optimizer):
+    def restore(self, model, optimizer, split=None):
         """Put adapters and optimizer back as they were saved, and cut the logs there.   -> State
 
-        Raises DataError for a state of another model.
+        split: of the concepts that there are now. Raises DataError for a state of another model, or
+        of other photos, wherever they lie.
         """
         device = next(model.parameters()).device
         content = torch.load(self.path / "state.pt", map_location=device, weights_only=True)
@@ -343,6 +362,13 @@ class Folder:
             raise DataError(
                 f"{self.path}/state.pt is of another model; go on with the versions that "
                 f"{self.path}/config.json names"
+            )
+        self.photos = {} if split is None else split.photo_hashes()
+        changed = what_changed(content["photos"], self.photos)
+        if changed:
+            raise DataError(
+                f"these are not the photos that {self.path} was begun with ({changed}); put them "
+                "back, or begin anew with another --out"
             )
         model.load_state_dict(content["lora"], strict=False)
         optimizer.load_state_dict(content["optimizer"])

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -157,26 +159,103 @@ def test_broken_photos_and_concepts_of_one_photo_are_counted(tmp_path):
     assert log[1].startswith("skipped concepts with one photo only: 2, such as")
 
 
+def copy(root, source, *targets):
+    """The same picture under other names."""
+    for target in targets:
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        (root / target).write_bytes((root / source).read_bytes())
+
+
 def test_copies_of_a_photo_are_left_out_and_counted(tmp_path):
-    """Of one concept; a photo may be there again as one of another concept."""
-    make_photos(tmp_path, ["mug/1.jpg", "mug/2.jpg", "dog/1.jpg", "dog/2.jpg"])
-    content = (tmp_path / "mug/1.jpg").read_bytes()
-    (tmp_path / "mug/IMG 1 (copy).jpg").write_bytes(content)
-    (tmp_path / "dog/3.jpg").write_bytes(content)
+    make_photos(tmp_path, ["mug/1.jpg", "mug/2.jpg"])
+    copy(tmp_path, "mug/1.jpg", "mug/IMG 1 (copy).jpg")
     log = []
-    concepts = data.load_concepts(tmp_path, log.append)
-    assert [len(concept.photos) for concept in concepts] == [3, 2]
+    [mug] = data.load_concepts(tmp_path, log.append)
+    assert [photo.name for photo in mug.photos] == ["mug/1.jpg", "mug/2.jpg"]
     assert log == [
         "skipped copies of another photo of the same thing: 1, such as mug/IMG 1 (copy).jpg"
     ]
 
 
-def test_copies_in_both_parts_of_a_benchmark_stay(tmp_path):
-    make_photos(tmp_path, ["train/rex/1.jpg"])
-    (tmp_path / "test/rex").mkdir(parents=True)
-    (tmp_path / "test/rex/1.jpg").write_bytes((tmp_path / "train/rex/1.jpg").read_bytes())
+def test_a_picture_of_two_things_is_left_out_of_both(tmp_path):
+    """Or a game could have its own target among the negatives."""
+    make_photos(tmp_path, [f"{thing}/{i}.jpg" for thing in ("cup", "mug") for i in range(3)])
+    copy(tmp_path, "mug/2.jpg", "cup/both.jpg")
+    log = []
+    cup, mug = data.load_concepts(tmp_path, log.append)
+    assert [photo.name for photo in cup.photos] == ["cup/0.jpg", "cup/1.jpg", "cup/2.jpg"]
+    assert [photo.name for photo in mug.photos] == ["mug/0.jpg", "mug/1.jpg"]
+    assert log == ["skipped photos that lie in the folders of two things: 2, such as cup/both.jpg"]
+
+
+def test_a_test_photo_is_no_copy_of_one_to_train_on(tmp_path):
+    make_photos(tmp_path, ["train/rex/1.jpg", "test/rex/2.jpg"])
+    copy(tmp_path, "train/rex/1.jpg", "test/rex/1.jpg", "train/rex/3.jpg")
     [rex] = data.load_concepts(tmp_path)
-    assert len(rex.photos) == 2
+    assert [photo.name for photo in rex.photos] == ["test/rex/2.jpg", "train/rex/1.jpg"]
+
+
+def test_one_odd_file_is_skipped(tmp_path):
+    """A strip that no tower can look at, a pipe, a page that is called a photo, an odd name."""
+    make_photos(tmp_path, ["²/1.jpg", "²/2.jpg"])
+    Image.new("RGB", (2010, 10)).save(tmp_path / "²/strip.png")
+    Image.new("RGB", (2000, 10)).save(tmp_path / "²/long.png")
+    os.mkfifo(tmp_path / "²/pipe.jpg")
+    Image.new("RGB", (12, 8)).save(tmp_path / "page.eps")
+    (tmp_path / "page.eps").rename(tmp_path / "²/page.jpg")
+    odd = os.fsencode(tmp_path / "²") + b"/\xff.jpg"
+    shutil.copy(tmp_path / "²/1.jpg", odd)
+    log = []
+    [two] = data.load_concepts(tmp_path, log.append)
+    assert [photo.name for photo in two.photos] == ["²/1.jpg", "²/2.jpg", "²/long.png"]
+    [line] = log
+    assert line.startswith("skipped photos that cannot be read: 4, such as ²/")
+    line.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY\x01\x00\x06\x00{'des}", "absurd", np.zeros(()), np.zeros((2, 2))]
+)
+def test_an_odd_array_gives_no_categories(tmp_path, content):
+    make_photos(tmp_path, ["0/1.jpg", "0/2.jpg"])
+    file = tmp_path / "categories.npy"
+    if isinstance(content, np.ndarray):
+        np.save(file, content)
+    elif content == "absurd":  # larger than any memory
+        header = "{'descr': '<U9', 'fortran_order': False, 'shape': (99999999999999,)}"
+        text = header.ljust(117) + "\n"
+        file.write_bytes(b"\x93NUMPY\x01\x00v\x00" + text.encode())
+    else:
+        file.write_bytes(content)
+    log = []
+    [concept] = data.load_concepts(tmp_path, log.append)
+    assert concept.category == "object"
+    assert "is not read" in log[0]
+
+
+def test_a_class_file_in_another_encoding_is_one_line(tmp_path):
+    make_photos(tmp_path, ["cafe/1.jpg", "cafe/2.jpg"])
+    (tmp_path / "prompts_and_classes.txt").write_bytes("caf\xe9,caf\xe9".encode("latin-1"))
+    with pytest.raises(data.DataError, match="is not a text in UTF-8"):
+        data.load_concepts(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    make_photos(tmp_path, ["real/mug/1.jpg", "real/mug/2.jpg", "root/cup/1.jpg", "root/cup/2.jpg"])
+    (tmp_path / "root/mug").symlink_to(tmp_path / "real/mug")
+    (tmp_path / "root/also").symlink_to(tmp_path / "root/cup")
+    (tmp_path / "root/cup/round").symlink_to(tmp_path / "root")
+    log = []
+    concepts = data.load_concepts(tmp_path / "root", log.append)
+    assert [(concept.name, len(concept.photos)) for concept in concepts] == [("cup", 2), ("mug", 2)]
+    assert log == []
+
+
+@pytest.mark.parametrize("names", [("blue mug", "blue_mug"), ("!!", "cup")])
+def test_two_things_have_two_names_in_prompts(tmp_path, names):
+    make_photos(tmp_path, [f"{name}/{i}.jpg" for name in names for i in range(2)])
+    with pytest.raises(data.DataError, match="in prompts; rename one"):
+        data.load_concepts(tmp_path)
 
 
 def test_a_decompression_bomb_is_a_broken_photo(tmp_path, monkeypatch):
@@ -304,6 +383,8 @@ def test_an_error_without_words_is_named():
         ("cups/mug-1", "<cups_mug-1>"),
         ("Ärger", "<Ärger>"),
         ("a.b (2)", "<a_b_2>"),
+        ("🐶", "<🐶>"),
+        ('a">\u2003<|im_end|>', "<a_im_end>"),
     ],
 )
 def test_names_become_one_word(name, tag):
@@ -436,6 +517,16 @@ def test_splits_are_by_concept():
     assert len(categories_of(split.unseen)) == 1
     assert not categories_of(split.unseen) & categories_of(split.train + split.test)
     assert len(split.test) == len(categories_of(split.test)) == 5
+
+
+def test_no_split_takes_what_a_pool_needs():
+    """Four things of four categories: three are trained on."""
+    for seed in range(10):
+        split = data.split_concepts(five_of_each("abcd")[::5], seed)
+        assert (len(split.train), len(split.test), len(split.unseen)) == (3, 1, 0)
+        # Of five a category can be spared.
+        split = data.split_concepts(five_of_each("abcde")[::5], seed)
+        assert (len(split.train), len(split.test), len(split.unseen)) == (3, 1, 1)
 
 
 def test_splits_are_seeded():

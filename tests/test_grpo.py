@@ -167,6 +167,46 @@ def test_clip(advantage, ratio, objective, slope):
     assert math.isclose(logp.grad.item(), slope, abs_tol=1e-9)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("junk", [math.inf, -math.inf, math.nan, 1e30])
+def test_what_stands_after_the_end_of_an_answer_does_not_count(loss, junk):
+    """Neither in the loss nor in its gradient, which would be nan of a mere product with 0."""
+    blank = MASK == 0
+    logp = LOGP.masked_fill(blank, junk).requires_grad_()
+    old = OLD.masked_fill(blank, -junk)
+    reference = REF.masked_fill(blank, junk)
+    advantages = grpo.group_advantages(REWARDS).flatten()
+    value, stats = grpo.grpo_loss(
+        logp, old, reference, advantages, MASK, eps_high=0.28, loss=loss, max_length=3
+    )
+    assert value.item() == pytest.approx(GOLDEN_LOSS[loss], abs=1e-8)
+    assert all(math.isfinite(figure) for figure in stats.values())
+    value.backward()
+    assert logp.grad.norm().item() == pytest.approx(GOLDEN_GRADIENT[loss], abs=1e-8)
+    assert (logp.grad[blank] == 0).all()
+
+
+def test_given_answers_have_the_gradient_of_the_log_likelihood():
+    """Also where the policy has moved since: there is no sampling policy, so nothing is clipped."""
+    logp = LOGP.clone().requires_grad_()
+    ones = torch.ones(4, dtype=torch.float64)
+    value, stats = grpo.grpo_loss(logp, None, None, ones, MASK, beta=0.0)
+    value.backward()
+    per_answer = 1 / (4 * MASK.sum(1, keepdim=True).double())
+    assert torch.allclose(logp.grad, -per_answer * MASK)
+    assert stats == {"clip_high": 0.0, "clip_low": 0.0}
+
+
+def test_without_a_reference_there_is_no_penalty():
+    advantages = grpo.group_advantages(REWARDS).flatten()
+    with_it, _ = grpo.grpo_loss(LOGP, OLD, REF, advantages, MASK, beta=0.0)
+    without, stats = grpo.grpo_loss(LOGP, OLD, None, advantages, MASK, beta=0.0)
+    assert with_it == without
+    assert "kl" not in stats
+    with pytest.raises(ValueError, match="needs the reference"):
+        grpo.grpo_loss(LOGP, OLD, None, advantages, MASK, beta=0.04)
+
+
 def test_loss_names_its_mistakes():
     with pytest.raises(ValueError, match="max_length"):
         grpo.grpo_loss(LOGP, OLD, REF, REWARDS.flatten(), MASK, loss="dr_grpo")
@@ -275,6 +315,24 @@ def test_figures_are_means_per_token():
     figures = policy.update([slice(0, 2), slice(2, 6)])
     assert figures["kl"] == pytest.approx(kl, abs=1e-6)
     assert figures["clip_fraction"] == 0
+
+
+def test_given_answers_are_learned_without_clip_and_without_reference():
+    """Three updates are three steps of plain maximum likelihood."""
+    policy = Policy(lr=0.1)
+    policy.batch = grpo.Batch(policy.ids, policy.mask, None, None, torch.ones(6).double())
+    figures = policy.update(mu=3, beta=0.0)
+    assert set(figures) == {"clip_fraction", "grad_norm"}
+    assert figures["clip_fraction"] == 0
+
+    plain = Policy(lr=0.1)
+    for _ in range(3):
+        per_answer = (plain.logps(slice(None)) * plain.mask).sum(1) / plain.mask.sum(1)
+        (-per_answer.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(plain.layer.parameters(), 1.0)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+    assert torch.allclose(policy.weight, plain.weight)
 
 
 def test_mu_updates_are_mu_single_ones_with_the_same_old_logps():

@@ -123,8 +123,11 @@ def test_lines_are_short(path):
 def test_nothing_is_run_from_data(path):
     """No pickle, and no code that comes with a checkpoint."""
     text = path.read_text(encoding="utf-8")
-    assert "trust_remote_code" not in text
-    assert "pickle" not in text.replace("allow_pickle=False", "")
+    assert "trust_remote_code" not in text.replace("trust_remote_code=False", "")
+    assert "pickle" not in text.replace("allow_pickle=False", "").replace("no pickle", "")
     for node in ast.walk(parse(path)):
+        call = ast.unparse(node)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert "weights_only=True" in ast.unparse(node), f"line {node.lineno}"
+            assert "weights_only=True" in call, f"line {node.lineno}"
+        if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_pretrained", call):
+            assert "trust_remote_code=False" in call, f"line {node.lineno}"

@@ -259,13 +259,38 @@ def have_another_rank(config, tensors):
             tensors[key] = tensor[:1].contiguous()
 
 
+def halve_the_rank(config, tensors):
+    config["r"] = 1.0
+
+
+def have_no_bound(config, tensors):
+    config["lora_alpha"] = float("inf")
+
+
+def change_the_weights_too(config, tensors):
+    config["init_lora_weights"] = "pissa_niter_16"
+
+
+def wait_for_an_invocation(config, tensors):
+    config["alora_invocation_tokens"] = [7]
+
+
+def come_from_the_future(config, tensors):
+    config["use_tomorrow"] = True
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (use_dora, "use_dora"),
         (be_another_kind, "IA3"),
-        (train_biases, "bias all"),
-        (forget_the_rank, "has no r above 0"),
+        (train_biases, r"\(bias\)"),
+        (forget_the_rank, "has no whole r above 0"),
+        (halve_the_rank, "has no whole r above 0"),
+        (have_no_bound, "has no lora_alpha above 0"),
+        (change_the_weights_too, "init_lora_weights"),
+        (wait_for_an_invocation, "alora_invocation_tokens"),
+        (come_from_the_future, "use_tomorrow"),
         (lose_a_tensor, "missing or unexpected"),
         (lose_all_tensors, "holds no adapter"),
         (adapt_an_unknown_layer, "does not have, such as lm_tail"),

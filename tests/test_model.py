@@ -1,13 +1,16 @@
 """The model: what is read once and continued many times equals the plain model, row by row."""
 
+import json
 import shutil
 from dataclasses import dataclass
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     PreTrainedTokenizerFast,
@@ -209,6 +212,45 @@ def test_answers_end_at_any_of_the_end_tokens(random_mllm, photos):
         for end in ends:
             assert random_mllm.tokenizer.decode([end]) not in text
     assert found == set(ends)
+
+
+def test_no_end_token_is_lost(byte_folder, tmp_path):
+    """Also where the end of text is the tokenizer's unknown word, as Qwen2's is by default."""
+    shutil.copytree(byte_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["unk_token"] = "<|endoftext|>"
+    file.write_text(json.dumps(config))
+    ids = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(
+        ["<|endoftext|>", "<|im_end|>"]
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    mllm = MLLM(str(tmp_path), 12544)
+    assert mllm.tokenizer.unk_token_id == ids[0]
+    assert mllm.ends.tolist() == sorted(ids)
+
+
+def test_a_checkpoint_of_another_format_is_one_line(random_folder, tmp_path):
+    """Weights in pickles could run code when they are read."""
+    shutil.copytree(random_folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(DataError, match="cannot load the model .*model.safetensors"):
+        MLLM(str(tmp_path), 12544)
+
+
+def test_nothing_is_computed_beyond_the_longest_answer(random_mllm, photos):
+    prompts = prompts_about(photos[:2])
+    ids = random_ids(4, 6)
+    mask = torch.ones(4, 6).bool()
+    mask[:, 4:] = False
+    mask[1, 2:] = False
+    whole = random_mllm.log_probs(prompts, ids)
+    cut = random_mllm.log_probs(prompts, ids, mask)
+    assert torch.allclose(cut[mask], whole[mask], atol=1e-6)
+    assert cut.shape == whole.shape
+    assert (cut[:, 4:] == 0).all()
 
 
 def test_samples_differ_whatever_the_checkpoint_asks_for(random_mllm, photos):

@@ -1,6 +1,7 @@
 """What a description is worth, against numbers worked out by hand."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -174,3 +175,10 @@ def test_a_failure_of_scoring_raises(belief):
 def test_an_unknown_reward_is_refused():
     with pytest.raises(ValueError, match="unknown reward"):
         reward.listener_reward(torch.tensor([[0.2, 0.5]]), torch.tensor([1]), "best")
+
+
+def test_quoting_takes_linear_time():
+    """60,000 characters that look like the beginning of a marker, over and over."""
+    started = time.process_time()
+    assert reward.quoted("<|" * 30_000 + "mug") == '"mug"'
+    assert time.process_time() - started < 1

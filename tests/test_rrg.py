@@ -9,15 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import lora
 import rrg
 import toy
 from conftest import ROOT, prompts_about
-from data import Game, Photo, load_concepts
+from data import DataError, Game, Photo, Split, load_concepts
 from grpo import group_advantages
 from model import MLLM
 from reward import Description
+from test_data import make_photos
 from test_run import play, play_as_script, read_metrics, shrink_world
 
 MUG = Description("A photo of a red mug", "The red mug with a star badge.")
@@ -536,7 +538,7 @@ def test_micro_batches_change_nothing(loss):
 
 
 def test_an_exam_without_games(toy_mllm):
-    games = rrg.Games(train=[], seen=[], unseen=[])
+    games = rrg.Games(train=[], seen=[], unseen=[], split=Split([], [], []))
     unknown = dict.fromkeys(rrg.HELD_OUT)
     assert rrg.exam(toy_mllm, games, STEP) == {
         "figures": unknown | {"unseen": None},
@@ -565,6 +567,31 @@ def test_real_photos_of_several_sizes(tmp_path, random_folder):
     rows = read_metrics(tmp_path / "out")
     assert set(rows[0]) == set(rrg.METRICS) - {"seconds"}
     assert (rows[0]["oracle"], rows[0]["leakage"]) == ("", "")
+
+
+def test_a_run_goes_on_with_the_photos_that_it_was_begun_with(tmp_path, random_folder):
+    """Wherever they lie. Its config.json says what was held out."""
+    things = ["bo", "mam", "rex", "tom"]
+    photos = make_photos(tmp_path / "photos", [f"{t}/{i}.png" for t in things for i in range(2)])
+    small = "--steps 1 --games 2 --samples 2 --eval-games 2 --max-tokens 4 --rank 2".split()
+    begun = ["--model", str(random_folder), "--data", str(photos), *small]
+    play(tmp_path / "out", *begun)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    parts = config["concepts"]
+    assert sorted(parts["train"] + parts["test"]) == things
+    assert (len(parts["test"]), parts["unseen"]) == (1, [])
+
+    photos = photos.rename(tmp_path / "moved")
+    play(tmp_path / "out", "--resume", "--data", str(photos))
+    for name in ("bo", "rex"):
+        (photos / name / "0.png").unlink()
+    make_photos(photos, ["bo/2.png", "rex/2.png"])
+    Image.new("RGB", (12, 8)).save(photos / "tom/0.png")
+    with pytest.raises(DataError) as refusal:
+        play(tmp_path / "out", "--resume", "--data", str(photos))
+    assert "2 gone, such as bo/0.png; 2 new, such as bo/2.png; 1 changed, such as tom/0.png" in str(
+        refusal.value
+    )
 
 
 def test_a_folder_or_the_toy_world(toy_mllm, tmp_path):

@@ -283,6 +283,14 @@ def test_save_and_restore(random_mllm, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
+def test_what_changed_in_words():
+    before = {"a": "1", "b": "2", "c": "3"}
+    assert run.what_changed(before, dict(before)) == ""
+    now = {"b": "2", "c": "4", "d": "5", "e": "6"}
+    words = "1 gone, such as a; 2 new, such as d; 1 changed, such as c"
+    assert run.what_changed(before, now) == words
+
+
 def test_the_state_of_another_model_is_refused(random_mllm, tmp_path):
     optimizer = small_state(random_mllm)
     folder = run.Folder(rrg.Config(out=str(tmp_path)), "rrg", ["step"], resume=False)
