@@ -118,8 +118,8 @@ def grpo_loss(
     total: where this is a micro-batch, how many answers the whole batch has (for "dapo": how many
     tokens), to divide by that. The losses of the micro-batches then add up to the loss of the
     batch, and so do their gradients.
-    stats: "kl", mean k3 per token, if there is a reference; "clip_high" and "clip_low", the share
-    of tokens whose gradient the clip has cut.
+    stats, tensors []: "kl", mean k3 per token, if there is a reference; "clip_high" and "clip_low",
+    the share of tokens whose gradient the clip has cut.
     """
     # What stands after the end of an answer may be anything. It is blanked, since a product with
     # the mask would not do: 0 * inf is not 0.
@@ -168,8 +168,8 @@ def grpo_loss(
 
 
 def masked_mean(x, mask):
-    """Mean of the entries of x [N, C] where mask [N, C] is 1.   -> float"""
-    return ((x * mask).sum() / mask.sum().clamp(min=1)).item()
+    """Mean of the entries of x [N, C] where mask [N, C] is 1.   -> tensor []"""
+    return (x.detach() * mask).sum() / mask.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -257,8 +257,8 @@ def update(
             # the mean over all of them.
             share = part.mask.sum() / tokens / mu
             clip_fraction = stats["clip_high"] + stats["clip_low"]
-            kl = stats.get("kl", 0.0)
-            means += share * torch.tensor([kl, clip_fraction], device=means.device)
+            kl = stats.get("kl", torch.zeros_like(clip_fraction))
+            means += share * torch.stack([kl, clip_fraction])
 
         add_up([p.grad for p in parameters])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()

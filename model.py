@@ -397,10 +397,10 @@ class MLLM:
 
         ids = torch.stack(ids, 1)  # [N, C]
         mask = torch.stack(masks, 1)  # [N, C]
+        is_word = (mask & ~torch.isin(ids, self.ends)).cpu()
         texts = []
-        for row, kept in zip(ids, mask, strict=True):
-            words = row[kept & ~torch.isin(row, self.ends)]
-            texts.append(self.tokenizer.decode(words))
+        for row, kept in zip(ids.cpu(), is_word, strict=True):
+            texts.append(self.tokenizer.decode(row[kept]))
         return Completions(ids, mask, torch.stack(logps, 1), texts)
 
     @torch.no_grad()

@@ -213,7 +213,7 @@ def newest_run():
 
 def load_json(file):
     """The content of a JSON file. Raises DataError if it cannot be read."""
-    with one_line_errors(f"cannot read {file}", OSError, ValueError):
+    with one_line_errors(f"cannot read {file}", OSError, ValueError, RecursionError):
         return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
 
 
