@@ -53,6 +53,7 @@ from grpo import token_logps
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 # These bound the memory and change no result.
+FEATURES = 2**32  # bytes of photo features that are remembered, on the CPU: 2700 photos at 2B
 ROWS = 128  # photos that are read, and texts that continue them, in one pass of the listener
 LOGITS = 2**26  # logits that exist at once when answers are scored, in fp32 256 MB
 PICTURE = "<image>"  # in the text of a Prompt: here is the next photo
@@ -111,7 +112,7 @@ class Completions:
 
 @dataclass
 class EncodedPhoto:
-    """A photo as the vision tower sees it."""
+    """A photo as the vision tower sees it, on the CPU: of thousands of photos a step wants few."""
 
     features: torch.Tensor  # [image tokens, D]
     grid: torch.Tensor  # [3]: time (1), height and width, in patches
@@ -171,7 +172,7 @@ class MLLM:
             raise DataError(f"{name} has no single token for yes or no, so it cannot listen")
         self.unknown = self.tokenizer.unk_token_id  # None if the tokenizer can spell anything
         self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
-        self.features = {}  # {Photo: EncodedPhoto}
+        self.features = {}  # {Photo: EncodedPhoto}, the one that was wanted last at the end
 
     # ----------------------------------------------------------------------------------- words
     def encode(self, text):
@@ -253,9 +254,15 @@ class MLLM:
     def encode_photos(self, photos, progress=None):
         """What the vision tower makes of photos.   -> [EncodedPhoto, ...]
 
-        The tower is frozen: each photo is encoded once and remembered.
+        The tower is frozen: each photo is encoded once and remembered, as long as there is room.
         """
-        new = [photo for photo in dict.fromkeys(photos) if photo not in self.features]
+        encoded = {}  # {Photo: EncodedPhoto}
+        new = []
+        for photo in dict.fromkeys(photos):
+            if photo in self.features:
+                encoded[photo] = self.features.pop(photo)
+            else:
+                new.append(photo)
         for batch in chunks(new, 16, progress):
             pictures = [photo.load() for photo in batch]
             inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
@@ -263,8 +270,20 @@ class MLLM:
             output = self.model.model.get_image_features(inputs["pixel_values"], grids)
             features = output.pooler_output  # a tuple: for each photo [image tokens, D]
             for photo, of_photo, grid in zip(batch, features, grids, strict=True):
-                self.features[photo] = EncodedPhoto(of_photo, grid)
-        return [self.features[photo] for photo in photos]
+                encoded[photo] = EncodedPhoto(of_photo.cpu(), grid.cpu())
+
+        self.features |= encoded  # at the end
+        if new:
+            self.forget_oldest()
+        return [encoded[photo] for photo in photos]
+
+    def forget_oldest(self):
+        """Forget those photos that were not wanted for longest, until the others have room."""
+        size = sum(encoded.features.nbytes for encoded in self.features.values())
+        for photo in list(self.features):
+            if size <= FEATURES:
+                break
+            size -= self.features.pop(photo).features.nbytes
 
     def picture_size(self, photo):
         """-> (width, height) in pixels of a photo as the model sees it, resized"""
@@ -276,9 +295,10 @@ class MLLM:
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: for similarity."""
         vectors = {}
-        for photo, encoded in zip(photos, self.encode_photos(photos), strict=True):
-            mean = encoded.features.float().mean(0)  # [D]
-            vectors[photo.name] = F.normalize(mean, dim=0).cpu()
+        for batch in chunks(photos, 16, "looking at the photos"):
+            for photo, encoded in zip(batch, self.encode_photos(batch), strict=True):
+                mean = encoded.features.float().mean(0)  # [D]
+                vectors[photo.name] = F.normalize(mean, dim=0)
         return vectors
 
     def repeat_image_token(self, text, encoded):
@@ -297,26 +317,29 @@ class MLLM:
         texts [B]: in the layout of `chat`, with an image marker for each photo
         photos [B]: the list of photos of each prompt, which may be empty
         """
-        # Photos that are new go through the tower together.
-        self.encode_photos([photo for of_prompt in photos for photo in of_prompt])
+        # All photos together, in the order of reading.
+        in_order = self.encode_photos([photo for of_prompt in photos for photo in of_prompt])
+
         # Words: token ids, in which a photo takes as many places as it has image tokens.
-        encoded = [self.encode_photos(of_prompt) for of_prompt in photos]
-        texts = [
-            self.repeat_image_token(text, of_prompt)
-            for text, of_prompt in zip(texts, encoded, strict=True)
-        ]
-        self.check_words(set(texts))
-        ids, mask = self.pad(texts)  # [B, P], [B, P]
+        long_texts = []
+        first = 0
+        for text, of_prompt in zip(texts, photos, strict=True):
+            of_text = in_order[first : first + len(of_prompt)]
+            first += len(of_prompt)
+            long_texts.append(self.repeat_image_token(text, of_text))
+        self.check_words(set(long_texts))
+        ids, mask = self.pad(long_texts)  # [B, P], [B, P]
         is_image = ids == self.config.image_token_id  # [B, P]
         embeds = self.decoder.embed_tokens(ids)  # [B, P, D]
 
-        # Photos: their features take the places of the markers, in the order of reading.
-        in_order = [photo for of_prompt in encoded for photo in of_prompt]
+        # Photos: their features take the places of the markers.
         grids = None
         if in_order:
             features = torch.cat([photo.features for photo in in_order])  # [image tokens, D]
-            embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+            features = features.to(self.device, embeds.dtype)
+            embeds = embeds.masked_scatter(is_image[..., None], features)
             grids = torch.stack([photo.grid for photo in in_order])  # [photos, 3]
+            grids = grids.to(self.device)
 
         # Positions have three axes, time, height and width. A word at place t is at (t, t, t); a
         # photo of 2 x 3 tokens after it takes (t+1, t+1..t+2, t+1..t+3), and the next word is at

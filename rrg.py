@@ -252,10 +252,8 @@ def photos_of(concepts: list[Concept]):
 def mine(mllm, config):
     """Stage 1: from photos to games.   -> Games"""
     concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
-    photos = photos_of(concepts)
-    mllm.encode_photos(photos, "looking at the photos")
     embedder = Clip(config.embedder, mllm.device) if config.embedder else mllm
-    vectors = embedder.embed(photos)  # {photo name: [D]}
+    vectors = embedder.embed(photos_of(concepts))  # {photo name: [D]}
 
     train = mine_games(
         split.train,

@@ -21,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import lora
 import make
+import model
 import reward
 from conftest import plain_logps, plain_row, prompts_about, save_checkpoint
 from data import DataError, Photo
@@ -445,6 +446,26 @@ def test_a_photo_is_encoded_once(random_mllm, photos, monkeypatch):
     random_mllm.speak(prompts_about(photos + photos), max_tokens=2)
     random_mllm.believe([(photo, "red mug") for photo in photos])
     assert sum(encoded) == 3
+
+
+def test_features_are_kept_on_the_cpu_and_not_without_bound(random_mllm, photos, monkeypatch):
+    """Room for two: the one that was wanted last stays."""
+    small, tall, narrow = photos
+    random_mllm.features.clear()
+    sizes = [encoded.features.nbytes for encoded in random_mllm.encode_photos(photos)]
+    assert all(encoded.features.device.type == "cpu" for encoded in random_mllm.features.values())
+    random_mllm.features.clear()
+    monkeypatch.setattr(model, "FEATURES", sizes[0] + sizes[2])
+    before = random_mllm.encode_photos([small, tall])
+    random_mllm.encode_photos([small])
+    random_mllm.encode_photos([narrow])
+    assert list(random_mllm.features) == [small, narrow]
+    # What was forgotten is looked at again, also where not all of a batch has room.
+    again = random_mllm.encode_photos([tall, small, narrow])
+    assert torch.equal(again[0].features, before[1].features)
+    assert torch.equal(again[1].features, before[0].features)
+    monkeypatch.undo()
+    random_mllm.features.clear()
 
 
 def test_the_model_measures_similarity(random_mllm, photos):
