@@ -89,31 +89,37 @@ class LearnerConfig:
         metavar="N|FILE",
     )
     out: str = option("", "run folder; default: runs/DATE-TIME", metavar="DIR")
-    seed: int = option(0, "seed of splits, games, initial adapters and samples")
+    seed: int = option(
+        0, "seed of splits, games, initial adapters and samples", least=0, most=2**32 - 1
+    )
     # --- how much ---
     steps: int = option(125, "training steps", toy=60, least=1)
     games: int = option(16, "B, games or prompts a step", toy=12, least=1)
     samples: int = option(8, "G, answers to each", least=2)
     max_tokens: int = option(256, "longest possible answer, in tokens", toy=56, least=1)
     # --- the learner ---
-    lr: float = option(1e-5, "learning rate, reached after the warm-up; falls to 0", toy=5e-4)
-    warmup: int = option(10, "steps of warm-up")
+    lr: float = option(
+        1e-5, "learning rate, reached after the warm-up; falls to 0", toy=5e-4, least=0, most=1
+    )
+    warmup: int = option(10, "steps of warm-up", least=0)
     mu: int = option(1, "updates on each batch; the clip works from the second on", least=1)
-    beta: float = option(0.04, "weight of the KL to the model without LoRA")
-    eps_low: float = option(0.2, "clip the probability ratio at 1 - eps_low")
-    eps_high: float = option(0.2, "clip the probability ratio at 1 + eps_high")
+    beta: float = option(0.04, "weight of the KL to the model without LoRA", least=0, most=1e3)
+    eps_low: float = option(0.2, "clip the probability ratio at 1 - eps_low", least=0, most=1)
+    eps_high: float = option(0.2, "clip the probability ratio at 1 + eps_high", least=0, most=1e3)
     loss: str = option(
         "grpo", "how tokens are averaged (grpo.py)", choices=("grpo", "dr_grpo", "dapo")
     )
-    std_floor: float = option(0.05, "a group's standard deviation is taken to be at least this")
+    std_floor: float = option(
+        0.05, "a group's standard deviation is taken to be at least this", least=0, most=1
+    )
     rank: int = option(64, "rank of the LoRA adapters", toy=16, least=1)
-    alpha: int = option(128, "scale of the adapters: the update is alpha/rank B A", toy=32)
+    alpha: int = option(128, "scale of the adapters: the update is alpha/rank B A", toy=32, least=1)
     # --- memory: micro changes no result ---
     micro: int = option(
         1, "games in one backward pass; raise it if there is memory", toy=12, least=1
     )
     max_pixels: int = option(
-        401408, "photos are shrunk to this; 401408 is 512 image tokens", toy=20736
+        401408, "photos are shrunk to this; 401408 is 512 image tokens", toy=20736, least=784
     )
     # --- measuring and saving ---
     eval_games: int = option(
@@ -151,9 +157,9 @@ class Config(LearnerConfig):
     listener: str = option(
         "frozen", "the model with LoRA off, or as it is trained", choices=("frozen", "trained")
     )
-    listener_weight: float = option(1.0, "weight of the listener's reward (0 to 1)")
-    format_weight: float = option(1.0, "weight of the format reward (0 to 1)", toy=0.2)
-    length_weight: float = option(0.1, "weight of the length reward (0 to 1)")
+    listener_weight: float = option(1.0, "weight of the listener's reward", least=0, most=1)
+    format_weight: float = option(1.0, "weight of the format reward", toy=0.2, least=0, most=1)
+    length_weight: float = option(0.1, "weight of the length reward", least=0, most=1)
 
 
 def read_settings(argv=None):
@@ -161,6 +167,7 @@ def read_settings(argv=None):
     given = run.read_options(Config, __doc__, argv, resumable=True)
     if given.pop("resume", False):
         return run.resumed_settings(Config, given), True
+    run.refuse_photos_without_model(given)
     config = run.fill_in(Config, given, toy.is_toy(given.get("model", toy.FOLDER)))
     config.out = config.out or run.default_folder()
     return config, False

@@ -103,17 +103,29 @@ def draw_uniforms(max_tokens, rows, seed, device):
 
 
 # --------------------------------------------------------------------------------- command line
-def option(default, text, *, toy=None, least=None, choices=None, metavar=None, positional=False):
+def option(
+    default,
+    text,
+    *,
+    toy=None,
+    least=None,
+    most=None,
+    choices=None,
+    metavar=None,
+    positional=False,
+):
     """A field of a dataclass that is also an option of the command line.
 
     default: of a real model; toy: of the toy model, where it needs another one
-    text: the help; least: the smallest number allowed; positional: given without its name
+    text: the help; least, most: the smallest and the largest number allowed; positional: given
+    without its name
     A bool becomes a switch; a list may be given several times.
     """
     metadata = {
         "help": text,
         "toy": toy,
         "least": least,
+        "most": most,
         "choices": choices,
         "metavar": metavar,
         "positional": positional,
@@ -168,6 +180,7 @@ def read_options(cls, doc, argv=None, resumable=False):
         usage=usage,
         description=doc.split("\nWhere it departs")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --step is not --steps
     )
     for field in dataclasses.fields(cls):
         add_option(parser, field)
@@ -185,7 +198,7 @@ def read_options(cls, doc, argv=None, resumable=False):
 def fill_in(cls, given, is_toy):
     """Add the defaults to what was given.   -> cls
 
-    Raises DataError where a number is smaller than it may be.
+    Raises DataError where a number is smaller or larger than it may be.
     """
     values = {}
     if is_toy:
@@ -194,9 +207,22 @@ def fill_in(cls, given, is_toy):
                 values[field.name] = field.metadata["toy"]
     for field in dataclasses.fields(cls):
         least = field.metadata["least"]
-        if least is not None and given.get(field.name, least) < least:
+        most = field.metadata["most"]
+        # "not >=" and not "<", since nan is neither.
+        if least is not None and not given.get(field.name, least) >= least:
             raise DataError(f"{flag(field.name)} must be at least {least}")
+        if most is not None and not given.get(field.name, most) <= most:
+            raise DataError(f"{flag(field.name)} must be at most {most}")
     return cls(**(values | given))
+
+
+def refuse_photos_without_model(given):
+    """Raise DataError for --data without --model: the default model knows the toy world only."""
+    if given.get("data") and "model" not in given:
+        raise DataError(
+            "--data wants a --model, such as --model Qwen/Qwen2-VL-2B-Instruct: the toy model, the "
+            "default, knows the toy world only"
+        )
 
 
 def default_folder():

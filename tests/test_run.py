@@ -400,6 +400,7 @@ def test_only_what_was_given_is_read():
         (["--size", "large"], "invalid int value"),
         (["--resume"], "unrecognized arguments"),  # of a script that has no runs
         (["one.jpg", "two.jpg"], "unrecognized arguments"),
+        (["--siz", "3"], "unrecognized arguments"),  # options are not abbreviated
     ],
 )
 def test_a_wrong_option_is_refused(arguments, message, capsys):
