@@ -196,20 +196,22 @@ def test_a_test_photo_is_no_copy_of_one_to_train_on(tmp_path):
 
 
 def test_one_odd_file_is_skipped(tmp_path):
-    """A strip that no tower can look at, a pipe, a page that is called a photo, an odd name."""
+    """A strip that no tower can look at, a pipe, an odd name, other formats that are called .jpg."""
     make_photos(tmp_path, ["²/1.jpg", "²/2.jpg"])
     Image.new("RGB", (2010, 10)).save(tmp_path / "²/strip.png")
     Image.new("RGB", (2000, 10)).save(tmp_path / "²/long.png")
     os.mkfifo(tmp_path / "²/pipe.jpg")
     Image.new("RGB", (12, 8)).save(tmp_path / "page.eps")
     (tmp_path / "page.eps").rename(tmp_path / "²/page.jpg")
+    Image.new("RGB", (12, 8)).save(tmp_path / "film.gif")
+    (tmp_path / "film.gif").rename(tmp_path / "²/film.jpg")
     odd = os.fsencode(tmp_path / "²") + b"/\xff.jpg"
     shutil.copy(tmp_path / "²/1.jpg", odd)
     log = []
     [two] = data.load_concepts(tmp_path, log.append)
     assert [photo.name for photo in two.photos] == ["²/1.jpg", "²/2.jpg", "²/long.png"]
     [line] = log
-    assert line.startswith("skipped photos that cannot be read: 4, such as ²/")
+    assert line.startswith("skipped photos that cannot be read: 5, such as ²/")
     line.encode("utf-8")
 
 
@@ -442,6 +444,22 @@ def test_hard_games_are_what_the_method_says():
     }
 
 
+def test_negatives_are_of_the_eight_most_similar_concepts():
+    """The ninth has the most similar photo of all, but is another thing on the whole."""
+    concepts = []
+    vectors = {}
+    angles = {"target": [0, 90], "ninth": [1, 175]}
+    angles |= {f"near{i}": [20 + i, 30 + i] for i in range(8)}
+    for name, degrees in angles.items():
+        photos = [data.Photo(f"{name}/{i}", None) for i in range(2)]
+        concepts.append(data.Concept(name, "mug", photos))
+        for photo, degree in zip(photos, degrees, strict=True):
+            radians = math.radians(degree)
+            vectors[photo.name] = torch.tensor([math.cos(radians), math.sin(radians)])
+    games = data.mine_games(concepts, vectors, 3, 0)
+    assert {photo.name for photo in games[0].pool} == {"target/1", "near0/0", "near1/0"}
+
+
 def test_an_easy_positive_is_the_most_similar_photo():
     game = mine(positive="easy")["a/0"]
     assert game.pool[game.positive].name == "a/1"
@@ -464,6 +482,9 @@ def test_small_categories_are_filled_up_which_is_reported():
     for game in games.values():
         assert len(game.pool) == 3
         assert concept_of(game.pool[game.positive]) == game.concept
+    # The dog's pool takes the most similar photos of the most similar mugs.
+    game = games["e/0"]
+    assert {photo.name for photo in game.pool} == {"e/1", "a/0", "b/0"}
     assert log == [
         "2 of 11 games take negatives from other categories: theirs has fewer than 2 other concepts"
     ]

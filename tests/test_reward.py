@@ -103,6 +103,15 @@ def test_format_reward_by_field(answer, worth):
         ("A photo of a mug", "The " + "very " * 50 + "red mug.", 1 / 3),
         ("A photo of a mug", "The mug that holds 1.5 cups", 1.0),
         ("A mug", "The mug.", 0.0),
+        # The bounds: 5 to 6 words, 4 to 40 words.
+        ("A photo of mugs", "The mugs.", 0.0),
+        ("A photo of a mug", "The mugs.", 1 / 3),
+        ("A photo of a red mug", "The mugs.", 1 / 3),
+        ("A photo of a big red mug", "The mugs.", 0.0),
+        ("Mug", "The mug shines.", 0.0),
+        ("Mug", "The red mug shines.", 2 / 3),
+        ("Mug", "The " + "very " * 38 + "mug.", 2 / 3),
+        ("Mug", "The " + "very " * 39 + "mug.", 0.0),
     ],
 )
 def test_length_reward(coarse, detailed, worth):

@@ -501,12 +501,14 @@ def test_what_the_update_is_given(learner, monkeypatch):
     given = []
 
     def update(logps, batch, *others, **settings):
-        given.append(batch)
+        given.append((batch, settings))
         return {}
 
     monkeypatch.setattr(rrg, "update", update)
-    _, example = step(learner, micro=1)
-    [batch] = given
+    unusual = {"mu": 3, "eps_low": 0.11, "eps_high": 0.33, "beta": 0.07, "loss": "dapo"}
+    _, example = step(learner, micro=1, std_floor=0.5, **unusual)
+    [(batch, settings)] = given
+    assert settings == unusual | {"max_length": STEP.max_tokens}
 
     prompts = prompts_about([game.target for game in learner.games])
     mllm = learner.mllm
@@ -520,7 +522,8 @@ def test_what_the_update_is_given(learner, monkeypatch):
     assert torch.allclose(batch.ref_logps[mask], reference[mask], atol=1e-4)
 
     rewards = torch.tensor([[row["reward"] for row in example["samples"]]])
-    expected = group_advantages(rewards, std_floor=STEP.std_floor)[0]
+    assert rewards.std() < 0.5  # so that the floor is felt
+    expected = group_advantages(rewards, std_floor=0.5)[0]
     assert torch.allclose(batch.advantages[:4], expected, atol=1e-4)
 
 
