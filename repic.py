@@ -11,33 +11,54 @@ by the rule of its kind:
     single_ict   a concept                        it                             for its name
     multi_ict    a concept and 1 or 2 others      a scene of them                for each name
 
-(object consistency, visual localization, identity consistency tuning). SFT is supervised
-fine-tuning of the same adapters on given captions of the ict pictures.
+(object consistency, visual localization, identity consistency tuning). Things are called by names
+that are drawn anew for each task: their folders' names could give the answer away. SFT is
+supervised fine-tuning of the same adapters on given captions of the ict pictures.
 
     python repic.py                                                   # RePIC in the toy world
     python repic.py --sft                                             # SFT
-    python repic.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/  # real photos, one GPU
+    python repic.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/  # 2 prompts x 1000 updates
+    python repic.py --model ... --tasks tasks.json --images train/    # RePIC's own list of tasks
     python repic.py --out runs/x --resume                             # go on with a killed run
 
 `diff rrg.py repic.py` shows what the two papers differ in: what is played (stage 1) and who pays
 for it (stages 3 and 4). How RePIC is measured is in naming.py.
 
-Source: RePIC (arXiv 2506.18369): sections 3.1 and 3.2, and its code.
+Source: RePIC (arXiv 2506.18369): section 3.2, appendices B.4 and D.3, and its code.
 
 Where it departs from the paper and its research code:
-1. A group is G answers to one prompt. (The code shuffles on each GPU and draws wordings anew, so
-   the answers of a group are to different questions.)
-2. The rules are the paper's. (The code found "no" in "know", read whole numbers only, compared
-   boxes in pixels of two different sizes, and let a caption of several names pass that used them
-   as pairs of tags.)
-3. A scene is a collage of whole photos. (The paper crops things out of photographs.)
-4. How oct and vlt share their 69 % of the prompts is not published; here it is 35 and 34.
-5. SFT is the same update: one given answer a prompt, of advantage 1, without KL; its gradient is
-   that of the cross-entropy.
+1. A group is G answers to one prompt. (The code shuffles on each GPU and draws the end of a prompt
+   anew, so the answers of a group are to different questions.)
+2. Answers are read as they are meant. (The code found "no" in "know", read boxes of whole numbers
+   only, compared boxes in pixels of two different sizes, and let a caption of several names pass
+   that used them as pairs of tags.) An answer of several different boxes has none.
+3. A caption of fewer than 100 characters earns nothing, nor does one with a name as a pair of tags:
+   both rules are the code's. (The paper says 100 tokens and an extra reward, and nothing of tags.)
+4. Boxes are asked for as the model that is loaded gives them. (The code has Qwen2.5-VL only, whose
+   boxes are JSON in pixels; Qwen2-VL's are (x1,y1),(x2,y2) in thousandths.)
+5. References are whole photos, a scene is a collage of such, and what vlt looks for is called by
+   its category, or by the words of its folder's name. (The paper crops references out of the
+   photographs that are asked about, adds synthetic pairs, and takes vlt's pictures and phrases
+   from RefCOCO.)
+6. How oct and vlt share their 69 % of the prompts is not published, nor how often oct's answer is
+   yes. Here they have 35 and 34, half of oct's answers are yes, and half of the others are about
+   look-alikes.
+7. Wordings are our own and fewer: 2 for oct, 2 for vlt, 3 for ict. (The paper has 16, 11 and 26.)
+8. Names come from a list of our own. (The paper draws them with Faker; its code has none.)
+9. The learner is that of rrg.py: 10 steps of warm-up, no top-k, no dropout, no adapter on lm_head,
+   photos of at most --max-pixels. (The script: no warm-up, top-k 50, dropout 0.05, an adapter on
+   lm_head, shorter sides of 512 or 1024 pixels. AdamW and 256 tokens an answer are the same.)
+   2000 prompts are the paper's. (The script goes twice through a list of 5000.)
+10. SFT is the same update: one given answer a prompt, of advantage 1, without KL; its gradient is
+   that of the cross-entropy. Its captions are the truth in the toy world, else the model's own.
+   (The paper's SFT models learn 210,000 captions that larger models wrote.)
+11. Of --tasks a part is held out for the exam. (The code trains on all of it.)
 
 Shapes: B tasks, G answers to each, N = B*G rows, C tokens of an answer.
 """
 
+import json
+import pathlib
 import random
 import re
 import time
@@ -49,10 +70,21 @@ from PIL import Image, ImageOps
 
 import run
 import toy
-from data import Concept, DataError, Photo, games_of_step, tag
+from data import (
+    FORMATS,
+    UNREADABLE,
+    Concept,
+    DataError,
+    Photo,
+    Split,
+    games_of_step,
+    one_line_errors,
+    read_photo,
+    tag,
+)
 from grpo import Batch, group_advantages, update
 from lora import lora_off
-from model import MLLM, Completions, Prompt
+from model import MLLM, PICTURE, Completions, Prompt
 from rrg import (
     LEARNER_METRICS,
     LearnerConfig,
@@ -88,6 +120,9 @@ METRICS = {
 class Config(LearnerConfig):
     """Every setting of a run; each is an option of the command line."""
 
+    # RePIC's schedule: 2000 prompts.
+    steps: int = option(1000, "training steps", toy=60, least=1)
+    games: int = option(2, "B, prompts a step", toy=12, least=1)
     sft: bool = option(False, "supervised fine-tuning on given captions, in RePIC's place")
     mix: str = option("35,34,26,5", f"the shares of {', '.join(KINDS)}")
     min_chars: int = option(100, "a caption of fewer characters earns nothing", toy=30)
@@ -96,6 +131,12 @@ class Config(LearnerConfig):
         "leave out a task, or the least length of captions",
         choices=("none", "oct", "vlt", "ict", "length"),
     )
+    tasks: str = option(
+        "",
+        "train on a list of tasks in RePIC's form, JSON or JSON lines, in the place of --data",
+        metavar="FILE",
+    )
+    images: str = option("", "the folder that the pictures of --tasks are in", metavar="DIR")
 
 
 def read_settings(argv=None):
@@ -103,6 +144,8 @@ def read_settings(argv=None):
     given = run.read_options(Config, __doc__, argv, resumable=True)
     if given.pop("resume", False):
         return run.resumed_settings(Config, given), True
+    run.refuse_photos_without_model(given)
+    check_list_options(given)
     config = run.fill_in(Config, given, toy.is_toy(given.get("model", toy.FOLDER)))
     config.out = config.out or run.default_folder()
 
@@ -122,6 +165,27 @@ def read_settings(argv=None):
     return config, False
 
 
+def check_list_options(given):
+    """Raise DataError for --tasks without what it needs, or with what it has itself."""
+    if not given.get("tasks"):
+        if given.get("images"):
+            raise DataError("--images are the pictures of --tasks: give --tasks FILE, too")
+        return
+    if not given.get("images"):
+        raise DataError("--tasks wants --images, the folder that its pictures are in")
+    if "model" not in given:
+        raise DataError(
+            "--tasks wants a --model, such as --model Qwen/Qwen2-VL-2B-Instruct: the toy model, "
+            "the default, knows the toy world only"
+        )
+    for name in ("data", "train_concepts", "mix", "without", "sft"):
+        if name in given:
+            raise DataError(
+                f"--tasks has pictures, questions and right answers of its own, and no captions: "
+                f"leave out {run.flag(name)}"
+            )
+
+
 def task_family(kind):
     """single_ict and multi_ict are both ict: they share their wordings and their rule."""
     return kind.split("_")[-1]
@@ -137,21 +201,26 @@ def shares_of_kinds(config):
 
 
 # ---------------------------------------------------------------------------------- what is asked
+YES_OR_NO = "Your final answer must be either yes or no, with no additional output."
+BOX_FORM = {  # of each unit of `box_unit`
+    "pixels": 'For bounding box coordinates, answer in JSON format: {"bbox_2d": [x1, y1, x2, y2]}',
+    "thousandths": "For bounding box coordinates, answer in the form (x1,y1),(x2,y2), in "
+    "thousandths of the picture's width and height.",
+}
+NAMED = "All pictures but the last show one thing each, in this order: {text}.\n"
 # Each kind of task in several wordings, of which a prompt gets one. Pictures come first, then the
 # text. single_ict and multi_ict share theirs.
-NAMED = "All pictures but the last show one thing each, in this order: {text}.\n"
 PROMPTS = {
     "oct": [  # {text} is a name in angle brackets
         "The first picture shows {text}. Is that very thing in the second picture, too? "
-        "Your final answer must be either yes or no, with no additional output.",
+        + YES_OR_NO,
         "You see {text} in the first picture. Can you find the same one in the second picture? "
         "Answer with yes or no only.",
     ],
     "vlt": [  # {text} is a phrase such as "red mug"
         "Where in this picture is the {text}? Return its bounding box as JSON: "
         '{"bbox_2d": [x1, y1, x2, y2]}',
-        "Locate the {text} in this picture. For bounding box coordinates, answer in JSON format: "
-        '{"bbox_2d": [x1, y1, x2, y2]}',
+        "Locate the {text} in this picture. " + BOX_FORM["pixels"],
     ],
     "ict": [  # {text} is a list of names in angle brackets, with commas between them
         NAMED + "Give a caption of the last picture.",
@@ -160,6 +229,46 @@ PROMPTS = {
         NAMED + "Describe the last picture in detail, without repeating what was said here.",
     ],
 }
+# vlt, where the model gives boxes in thousandths.
+VLT_IN_THOUSANDTHS = [
+    "Where in this picture is the {text}? Return its bounding box as (x1,y1),(x2,y2), in "
+    "thousandths of width and height.",
+    "Locate the {text} in this picture. " + BOX_FORM["thousandths"],
+]
+# What the tasks of a list are asked for besides (--tasks).
+ICT_ENDINGS = [
+    "Use the given names in the caption.",
+    "Do not repeat what was said here.",
+    "",
+    "",
+    "",
+]
+
+# What things are called while RePIC trains (departure 8).
+GIVEN_NAMES = (
+    "Aiko Alma Amir Anouk Arjun Asta Ayla Bao Bela Bilal Birte Bruno Carlo Chidi Chloe Cyril Dalia "
+    "Dario Deniz Dmitri Efua Eino Elif Emeka Enzo Esra Fatou Felix Fiona Gita Goran Greta Hana "
+    "Hassan Hugo Ida Igor Imani Ines Ivo Jana Jomo Jonas Juan Kaito Kamal Karin Kofi Lars Leila "
+    "Linh Luca Lwazi Maja Malik Mateo Mei Milan Mina Musa Nadia Naoko Nils Noa Nuria Ola Omar Otto "
+    "Pavel Petra Pia Quynh Rafa Rania Ravi Rosa Ruben Sami Sanna Selma Sofia Soren Suri Taras "
+    "Tariq Thandi Tomas Tove Uma Umar Vera Viktor Wanda Wei Xenia Yara Yuki Yusuf Zeno Zola"
+).split()
+
+
+def box_unit(mllm):
+    """What the boxes of the model that is loaded count: "thousandths" of width and height, or
+    "pixels" of the picture as it saw it."""
+    is_toy = mllm.config.vision_config.patch_size == toy.PATCH
+    if mllm.config.model_type == "qwen2_vl" and not is_toy:
+        return "thousandths"
+    return "pixels"
+
+
+def wordings(kind, unit):
+    """The wordings of a kind of task.   unit: see `box_unit`"""
+    if kind == "vlt" and unit == "thousandths":
+        return VLT_IN_THOUSANDTHS
+    return PROMPTS[task_family(kind)]
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -207,7 +316,7 @@ def collage(photos, side, seed):
 # -------------------------------------------------------------------------------- stage 1: tasks
 @dataclass(frozen=True)
 class Named:
-    """A concept's name, in angle brackets, and a photo of it."""
+    """What a concept is called in a task, in angle brackets, and a photo of it."""
 
     name: str
     photo: Photo
@@ -223,7 +332,8 @@ class Task:
     # What the rule wants. oct: "yes" or "no"; vlt: (box, size of its picture), in pixels;
     # ict: [names in angle brackets]
     solution: object
-    shown: list[Named] = field(repr=False)  # what the last picture shows, as one reads
+    # ict: what the last picture shows, as one reads. (A list of tasks does not say it.)
+    shown: list[Named] = field(default_factory=list, repr=False)
 
     def record(self):
         """What logs and reports keep of a task."""
@@ -263,24 +373,24 @@ def draw_views(concepts, rng):
     return views
 
 
-@dataclass
-class NamedScene:
-    """A collage of concepts, the first of which is the one that is asked about."""
+def draw_names(concepts, rng):
+    """What some concepts are called in a task: a random name each, none of them their own.
 
-    photo: Photo
-    box: tuple  # of the first one
-    shown: list[Named]  # as one reads: the upper row first
+    In the toy world one of those that its model can spell.   -> names in angle brackets
+    """
+    names = toy.NAMES if concepts[0].photos[0].truth else GIVEN_NAMES
+    own = {concept.name.lower() for concept in concepts}
+    others = [name for name in names if name.lower() not in own]
+    return [tag(name) for name in rng.sample(others, len(concepts))]
 
 
-def make_scene(concepts, views, side, seed):
-    """Put the `shown` views of some concepts into one picture.   -> NamedScene"""
-    photos = [views[concept.name].shown for concept in concepts]
-    photo, boxes = collage(photos, side, seed)
+def row_by_row(named, boxes, side):
+    """What a collage shows, as one reads: the upper row first.   named: as the boxes"""
     placed = []  # (in the lower row?, left edge, Named)
-    for concept, of_concept, (left, top, _, _) in zip(concepts, photos, boxes, strict=True):
-        placed.append((top >= side, left, Named(tag(concept.name), of_concept)))
+    for one, (left, top, _, _) in zip(named, boxes, strict=True):
+        placed.append((top >= side, left, one))
     placed.sort(key=lambda entry: entry[:2])
-    return NamedScene(photo, boxes[0], [named for _, _, named in placed])
+    return [one for _, _, one in placed]
 
 
 @dataclass
@@ -305,13 +415,12 @@ def make_oct_task(draw):
         shown = draw.rng.choice([draw.others, look_alikes or draw.others])[0]
         solution = "no"
     views = draw_views([concept, shown], draw.rng)
-    last = views[shown.name].shown
+    [name] = draw_names([concept], draw.rng)
     return Task(
         kind="oct",
-        photos=[views[concept.name].named, last],
-        text=draw.template.replace("{text}", tag(concept.name)),
+        photos=[views[concept.name].named, views[shown.name].shown],
+        text=draw.template.replace("{text}", name),
         solution=solution,
-        shown=[Named(tag(shown.name), last)],
     )
 
 
@@ -320,15 +429,16 @@ def make_vlt_task(draw):
     wanted = phrase_for(draw.concept)
     # Another concept that the same phrase fits would be a second right answer.
     different = [other for other in draw.others if phrase_for(other) != wanted]
-    shown = [draw.concept, *different[: draw.rng.choice([1, 2, 3, 3])]]
-    scene = make_scene(shown, draw_views(shown, draw.rng), draw.side, draw.seed)
+    concepts = [draw.concept, *different[: draw.rng.choice([1, 2, 3, 3])]]
+    views = draw_views(concepts, draw.rng)
+    shown = [views[concept.name].shown for concept in concepts]
+    scene, boxes = collage(shown, draw.side, draw.seed)
     size = collage_size(draw.side)
     return Task(
         kind="vlt",
-        photos=[scene.photo],
+        photos=[scene],
         text=draw.template.replace("{text}", wanted),
-        solution=(scene.box, (size, size)),
-        shown=scene.shown,
+        solution=(boxes[0], (size, size)),
     )
 
 
@@ -336,7 +446,7 @@ def make_single_ict_task(draw):
     """A caption of another picture of one concept."""
     concept = draw.concept
     views = draw_views([concept, concept], draw.rng)[concept.name]
-    name = tag(concept.name)
+    [name] = draw_names([concept], draw.rng)
     return Task(
         kind="single_ict",
         photos=[views.named, views.shown],
@@ -350,14 +460,17 @@ def make_multi_ict_task(draw):
     """A caption of a scene of two or three concepts."""
     concepts = [draw.concept, *draw.others[: draw.rng.choice([1, 2])]]
     views = draw_views(concepts + concepts, draw.rng)
-    scene = make_scene(concepts, views, draw.side, draw.seed)
-    names = [tag(concept.name) for concept in concepts]
+    names = draw_names(concepts, draw.rng)
+    references = [views[concept.name].named for concept in concepts]
+    shown = [views[concept.name].shown for concept in concepts]
+    scene, boxes = collage(shown, draw.side, draw.seed)
+    named = [Named(name, photo) for name, photo in zip(names, shown, strict=True)]
     return Task(
         kind="multi_ict",
-        photos=[views[concept.name].named for concept in concepts] + [scene.photo],
+        photos=[*references, scene],
         text=draw.template.replace("{text}", ", ".join(names)),
         solution=names,
-        shown=scene.shown,
+        shown=row_by_row(named, boxes, draw.side),
     )
 
 
@@ -369,11 +482,12 @@ MAKERS = {
 }
 
 
-def make_tasks(concepts, shares, count, side, seed):
+def make_tasks(concepts, shares, count, side, unit, seed):
     """`count` tasks about some concepts, of kinds drawn by their shares.   -> [Task, ...]
 
-    shares {kind: weight}; side: pixels of a photo in a scene. Each task has one wording, so that
-    all answers of its group answer the same. Raises DataError for fewer than two concepts.
+    shares {kind: weight}; side: pixels of a photo in a scene; unit: of boxes, see `box_unit`
+    Each task has one wording, so that all answers of its group answer the same. Raises DataError
+    for fewer than two concepts.
     """
     if len(concepts) < 2:
         raise DataError("RePIC's tasks need two concepts or more")
@@ -383,12 +497,109 @@ def make_tasks(concepts, shares, count, side, seed):
     for number, kind in enumerate(kinds):
         rng = random.Random(f"task {seed} {number}")
         concept, *others = rng.sample(concepts, len(concepts))
-        template = rng.choice(PROMPTS[task_family(kind)])
+        template = rng.choice(wordings(kind, unit))
         draw = Draw(concept, others, template, side, f"{seed} {number}", rng)
         tasks.append(MAKERS[kind](draw))
     return tasks
 
 
+# -------------------------------------------------------------- stage 1, too: a given list of tasks
+KIND_OF_METHOD = {
+    "yes_no": "oct",
+    "iou": "vlt",
+    "yes_no_name": "single_ict",
+    "yes_no_name_multi": "multi_ict",
+}
+
+
+def read_records(file):
+    """The records of a list of tasks, which is JSON, or JSON lines if it is called .jsonl."""
+    records = []
+    if not file.endswith(".jsonl"):
+        records = run.load_json(file)
+    else:
+        with one_line_errors(f"cannot read {file}", OSError, ValueError, RecursionError):
+            lines = pathlib.Path(file).read_text(encoding="utf-8").split("\n")
+            records = [json.loads(line) for line in lines if line.strip()]
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{file} holds no list of tasks")
+    return records
+
+
+def want(is_there, what):
+    """Raise ValueError unless a record has what is wanted."""
+    if not is_there:
+        raise ValueError(f"wanted: {what}")
+
+
+def texts_in(value):
+    """One text or a list of texts, as a list; empty if it is anything else."""
+    texts = value if isinstance(value, list) else [value]
+    are_texts = all(isinstance(text, str) and text for text in texts)
+    return texts if are_texts else []
+
+
+def read_solution(kind, solution, size):
+    """A record's solution as that of a Task.   size: of the picture. Raises ValueError"""
+    if kind == "oct":
+        words = set(re.findall(r"\b(yes|no)\b", str(solution).lower()))
+        want(len(words) == 1, "yes or no as its solution")
+        return words.pop()
+    if kind == "vlt":
+        numbers = solution if isinstance(solution, list) else []
+        are_numbers = all(type(number) in (int, float) for number in numbers)
+        is_box = len(numbers) == 4 and are_numbers and area(numbers) > 0
+        want(is_box, "a box [x1, y1, x2, y2] as its solution")
+        return tuple(numbers), size
+    names = texts_in(solution)
+    want(names, "a name or a list of names as its solution")
+    return names
+
+
+def read_task(record, folder, unit, rng):
+    """A record of a list as a Task, whose boxes are in pixels of the picture's file.
+
+    Raises one of UNREADABLE for a record in another form and for a picture that is not there.
+    """
+    want(isinstance(record, dict), "an object with image, problem and solution")
+    method = str(record.get("accu_reward_method", "iou"))  # RePIC's code has this default, too
+    want(method in KIND_OF_METHOD, f"one of {', '.join(KIND_OF_METHOD)} as its accu_reward_method")
+    kind = KIND_OF_METHOD[method]
+    names = texts_in(record.get("image"))
+    want(names, "the path of its image, or a list of paths")
+    problem = record.get("problem")
+    want(isinstance(problem, str), "a text as its problem")
+
+    photos = []
+    size = None
+    for name in names:
+        path = pathlib.Path(folder, name)
+        want(path.is_file(), f"the picture {path}, which is not there")
+        with Image.open(path, formats=FORMATS) as picture:  # reads no pixels yet
+            size = picture.size
+        photos.append(Photo(name, partial(read_photo, path)))
+
+    endings = {"oct": YES_OR_NO, "vlt": BOX_FORM[unit]}
+    ending = endings.get(kind) or rng.choice(ICT_ENDINGS)
+    text = f"{problem.replace(PICTURE, '').strip()} {ending}".strip()  # pictures come first
+    return Task(kind, photos, text, read_solution(kind, record.get("solution"), size))
+
+
+def load_tasks(config, unit):
+    """The tasks of --tasks.   -> [Task, ...] in the order of the file
+
+    The ending of a prompt is drawn by the task's seed. Raises DataError for a record in another
+    form, and for a picture that is not there or cannot be read.
+    """
+    tasks = []
+    for number, record in enumerate(read_records(config.tasks), start=1):
+        rng = random.Random(f"ending {config.seed} {number}")
+        with one_line_errors(f"record {number} of {config.tasks}", *UNREADABLE):
+            tasks.append(read_task(record, config.images, unit, rng))
+    return tasks
+
+
+# ------------------------------------------------------------------------------- stage 1, in whole
 @dataclass
 class Tasks:
     """Tasks to train on, and tasks about concepts held out: of seen and of unseen categories."""
@@ -396,51 +607,77 @@ class Tasks:
     train: list[Task]
     seen: list[Task]
     unseen: list[Task]
+    split: Split | None  # the concepts that they are about; a list of tasks does not say
 
 
-def held_out_tasks(concepts, config, side):
+def held_out_tasks(concepts, config, side, unit):
     """As many tasks of each kind, for the exam; none about fewer than two concepts."""
     tasks = []
     if len(concepts) >= 2:
         for kind in KINDS:
             seed = f"held out {config.seed} {kind}"
-            tasks += make_tasks(concepts, {kind: 1.0}, config.eval_games, side, seed)
+            tasks += make_tasks(concepts, {kind: 1.0}, config.eval_games, side, unit, seed)
     return tasks
+
+
+def mine_list(config, unit):
+    """Stage 1 with --tasks: its tasks, shuffled, of which the last are for the exam.   -> Tasks
+
+    Those are at most a fifth, and at most --eval-games. Their pictures may be in others, too.
+    """
+    tasks = load_tasks(config, unit)
+    random.Random(f"list {config.seed}").shuffle(tasks)
+    count = len(tasks) - min(config.eval_games, len(tasks) // 5)
+    print(f"{len(tasks)} tasks: {count} to train on, {len(tasks) - count} held out")
+    return Tasks(tasks[:count], tasks[count:], [], None)
 
 
 def mine(mllm, config):
     """Stage 1: from photos to tasks.   -> Tasks"""
-    concepts, split = load_world(mllm, config.data, config.seed)
+    unit = box_unit(mllm)
+    if config.tasks:
+        return mine_list(config, unit)
+
+    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
     mllm.encode_photos(photos_of(concepts), "looking at the photos")
     side = picture_side(mllm)
     count = config.steps * config.games  # each task is met once
-    train = make_tasks(split.train, shares_of_kinds(config), count, side, config.seed)
-    seen = held_out_tasks(split.test, config, side)
-    unseen = held_out_tasks(split.unseen, config, side)
+    train = make_tasks(split.train, shares_of_kinds(config), count, side, unit, config.seed)
+    seen = held_out_tasks(split.test, config, side, unit)
+    unseen = held_out_tasks(split.unseen, config, side, unit)
     print(
         f"{len(concepts)} concepts: {len(split.train)} to train on ({len(train)} tasks), "
         f"{len(split.test)} held out ({len(seen)} tasks), "
         f"{len(split.unseen)} of unseen categories ({len(unseen)} tasks)"
     )
-    return Tasks(train, seen, unseen)
+    return Tasks(train, seen, unseen, split)
 
 
 # --------------------------------------------------------- stages 3 and 4: what a rule can verify
 def oct_reward(answer, solution):
-    """1 if of the words yes and no the answer contains `solution` only.   (section 3.1)"""
+    """1 if of the words yes and no the answer contains `solution` only.   (equation 2)"""
     found = set(re.findall(r"\b(yes|no)\b", answer.lower()))
     return float(found == {solution})
 
 
 def read_box(answer):
-    """The box that an answer gives as [left, top, right, bottom], in JSON or not.
+    """The box that an answer gives as [x1, y1, x2, y2] or as (x1,y1),(x2,y2), whatever is around.
 
     -> (left, top, right, bottom), or None for no box or several different ones
     """
     number = r"\s*(-?\d+(?:\.\d+)?)\s*"
-    found = re.findall(rf"\[{number},{number},{number},{number}\]", answer)
+    pair = f"{number},{number}"
+    found = re.findall(rf"\[{pair},{pair}\]", answer)
+    found += re.findall(rf"\({pair}\)\s*,\s*\({pair}\)", answer)
     boxes = {tuple(map(float, box)) for box in found}
     return boxes.pop() if len(boxes) == 1 else None
+
+
+def far_corner(mllm, photo):
+    """The lower right corner of a photo in the coordinates of the model's boxes.   -> (x, y)"""
+    if box_unit(mllm) == "thousandths":
+        return 1000, 1000
+    return mllm.picture_size(photo)
 
 
 def area(box):
@@ -456,42 +693,45 @@ def iou(a, b):
     return overlap / union if overlap else 0.0
 
 
-def vlt_reward(answer, box, size, seen):
-    """1 if the answer's box overlaps `box` with an IoU of at least 0.5.   (section 3.1)
+def vlt_reward(answer, box, size, corner):
+    """1 if the answer's box overlaps `box` with an IoU of at least 0.5.   (equation 3)
 
-    box: in pixels of a picture of `size` (width, height); the answer is in pixels of the picture
-    as the model has `seen` it, resized.
+    box: in pixels of a picture of `size` (width, height), whose lower right corner is `corner` in
+    the coordinates of the answer (`far_corner`).
     """
     found = read_box(answer)
     if found is None:
         return 0.0
     left, top, right, bottom = found
-    scale_x = size[0] / seen[0]
-    scale_y = size[1] / seen[1]
-    mapped = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+    mapped = (
+        left * size[0] / corner[0],
+        top * size[1] / corner[1],
+        right * size[0] / corner[0],
+        bottom * size[1] / corner[1],
+    )
     return float(iou(mapped, box) >= 0.5)
 
 
 def ict_reward(answer, names, min_chars):
-    """The share of `names`, as "<name>", that a caption uses, letter by letter.   (section 3.2)
+    """The share of `names`, mostly "<name>", that a caption uses, letter by letter.
 
     0 for a caption of fewer than `min_chars` characters, or one that uses a name as a pair of
-    tags, <name>...</name>.
+    tags, <name>...</name>.   (equations 4 and 5, and departure 3)
     """
     if len(answer) < min_chars:
         return 0.0
-    if any(name.replace("<", "</") in answer for name in names):
+    if any(name[0] == "<" and name.replace("<", "</") in answer for name in names):
         return 0.0
     return sum(name in answer for name in names) / len(names)
 
 
-def task_reward(task, answer, seen, min_chars):
-    """What an answer earns, by the rule of the task's kind. seen: see `vlt_reward`."""
+def task_reward(task, answer, corner, min_chars):
+    """What an answer earns, by the rule of the task's kind. corner: see `vlt_reward`."""
     if task.kind == "oct":
         return oct_reward(answer, task.solution)
     if task.kind == "vlt":
         box, size = task.solution
-        return vlt_reward(answer, box, size, seen)
+        return vlt_reward(answer, box, size, corner)
     return ict_reward(answer, task.solution, min_chars)
 
 
@@ -502,8 +742,8 @@ def score(mllm, tasks, texts, config):
     rewards = []
     for row, text in enumerate(texts):
         task = tasks[row // per_task]
-        seen = mllm.picture_size(task.photos[-1])
-        rewards.append(task_reward(task, text, seen, min_chars))
+        corner = far_corner(mllm, task.photos[-1])
+        rewards.append(task_reward(task, text, corner, min_chars))
     return torch.tensor(rewards, dtype=torch.float64)
 
 
@@ -568,9 +808,11 @@ def train_step(mllm, tasks, optimizer, step, config):
 
     def logps(rows):
         """Log-probs [n, C] of the answers in the slice `rows`, under the model as it is now."""
-        return mllm.log_probs(prompts[rows.start // G : rows.stop // G], answers.ids[rows])
+        return mllm.log_probs(
+            prompts[rows.start // G : rows.stop // G], answers.ids[rows], answers.mask[rows]
+        )
 
-    # 2. Speak, with LoRA on. SFT is given its answers (departure 5).
+    # 2. Speak, with LoRA on. SFT is given its answers (departure 10).
     if config.sft:
         answers = as_completions(mllm, given_captions(mllm, tasks, config.max_tokens))
         with torch.no_grad():
@@ -591,8 +833,10 @@ def train_step(mllm, tasks, optimizer, step, config):
         advantages = group_advantages(grouped, std_floor=config.std_floor).flatten()  # [N]
 
     # 6. Update. The reference policy is the same network with LoRA off.
-    with torch.no_grad(), lora_off(mllm.model):
-        reference = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
+    reference = None
+    if config.beta > 0:
+        with torch.no_grad(), lora_off(mllm.model):
+            reference = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
     batch = Batch(
         ids=answers.ids,
         mask=answers.mask,
@@ -687,10 +931,10 @@ def train(config, resume=False):
     optimizer = new_learner(mllm, config)
 
     if resume:
-        state = folder.restore(mllm.model, optimizer)
+        state = folder.restore(mllm.model, optimizer, tasks.split)
     else:  # every lora_B is still 0, so this measures the model as it came
         state = run.State(step=0, seconds=0.0, before=exam(mllm, tasks, config))
-        folder.begin(mllm.device)
+        folder.begin(mllm.device, tasks.split)
         folder.save(state, mllm.model, optimizer)
 
     for step in folder.steps(state.step):

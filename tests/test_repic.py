@@ -1,16 +1,20 @@
 """RePIC and SFT: what is asked, what a rule pays, and that they train by the same learner."""
 
 import csv
+import functools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
 import lora
 import repic
@@ -44,7 +48,17 @@ def concepts():
 def toy_tasks(kind, count):
     """Tasks of one kind in the toy world."""
     world = toy.world(0, concepts=3, views=3)
-    return repic.make_tasks(world, {kind: 1.0}, count, toy.SIDE, 0)
+    return repic.make_tasks(world, {kind: 1.0}, count, toy.SIDE, "pixels", 0)
+
+
+def real_tasks(concepts, kind, count, unit="pixels"):
+    """Tasks of one kind about photos of no toy world."""
+    return repic.make_tasks(concepts, {kind: 1.0}, count, 64, unit, 3)
+
+
+def names_in(text):
+    """The names in angle brackets in a text, without the brackets."""
+    return re.findall(r"<([\w-]+)>", text)
 
 
 # ------------------------------------------------------------------------------------- the scenes
@@ -74,7 +88,7 @@ def test_scenes_are_seeded_and_named_by_what_is_where():
 
 # -------------------------------------------------------------------------------------- the tasks
 def test_object_consistency_asks_about_the_same_concept_or_another(concepts):
-    tasks = repic.make_tasks(concepts, {"oct": 1.0}, 200, 64, 3)
+    tasks = real_tasks(concepts, "oct", 200)
     owner = owners(concepts)
     yes = 0
     look_alikes = 0
@@ -83,7 +97,8 @@ def test_object_consistency_asks_about_the_same_concept_or_another(concepts):
         same = owner[first.name] is owner[second.name]
         assert task.solution == ("yes" if same else "no")
         assert first != second
-        assert tag(owner[first.name].name) in task.text
+        [name] = names_in(task.text)
+        assert name in repic.GIVEN_NAMES
         yes += same
         look_alikes += not same and owner[first.name].category == owner[second.name].category
     assert 80 < yes < 120
@@ -93,46 +108,93 @@ def test_object_consistency_asks_about_the_same_concept_or_another(concepts):
 
 def test_localization_asks_for_one_box(concepts):
     owner = owners(concepts)
-    for task in repic.make_tasks(concepts, {"vlt": 1.0}, 60, 64, 3):
+    for task in real_tasks(concepts, "vlt", 60):
         [scene] = task.photos
         box, size = task.solution
         assert size == scene.load().size
+        shown = [owner[place.split(" at ")[0]] for place in scene.name.split("; ")]
         # What is looked for is there once.
-        wanted = [
-            named.photo
-            for named in task.shown
-            if repic.phrase_for(owner[named.photo.name]) in task.text
-        ]
-        [photo] = wanted
-        assert scene.load().crop(box).getpixel((5, 5)) == photo.load().getpixel((0, 0))
+        [wanted] = [concept for concept in shown if repic.phrase_for(concept) in task.text]
+        colours = [photo.load().getpixel((0, 0)) for photo in wanted.photos]
+        assert scene.load().crop(box).getpixel((5, 5)) in colours
+        assert not names_in(task.text)
 
 
 @pytest.mark.parametrize("kind, counts", [("single_ict", {1}), ("multi_ict", {2, 3})])
 def test_identity_consistency_names_one_picture_each(concepts, kind, counts):
     owner = owners(concepts)
-    tasks = repic.make_tasks(concepts, {kind: 1.0}, 60, 64, 3)
+    tasks = real_tasks(concepts, kind, 60)
     assert {len(task.solution) for task in tasks} == counts
     for task in tasks:
         *references, _ = task.photos
-        assert [tag(owner[photo.name].name) for photo in references] == task.solution
+        assert len(references) == len(task.solution)
         assert ", ".join(task.solution) in task.text
         assert {named.name for named in task.shown} == set(task.solution)
         assert not {named.photo for named in task.shown} & set(references)
+        # In the last picture a name belongs to what it belongs to among the references.
+        named_by = dict(zip(task.solution, references, strict=True))
         for named in task.shown:
-            assert tag(owner[named.photo.name].name) == named.name
+            assert owner[named_by[named.name].name] is owner[named.photo.name]
+
+
+def test_what_a_scene_shows_is_told_as_one_reads():
+    lower, right, left = [repic.Named(name, None) for name in ("lower", "right", "left")]
+    boxes = [(4, 72, 68, 136), (76, 8, 140, 72), (0, 4, 64, 68)]
+    assert repic.row_by_row([lower, right, left], boxes, 64) == [left, right, lower]
+
+
+# -------------------------------------------------------------------------------------- the names
+def test_given_names_are_a_hundred_short_words():
+    names = repic.GIVEN_NAMES
+    assert len(set(names)) == len(names) == 100
+    for name in names:
+        assert name.isascii() and name.isalpha() and len(name) <= 7
+
+
+@pytest.mark.parametrize("kind", ["oct", "single_ict", "multi_ict"])
+def test_each_task_draws_its_own_names(concepts, kind):
+    tasks = real_tasks(concepts, kind, 300)
+    of_tasks = [names_in(task.text) for task in tasks]
+    for task, names in zip(tasks, of_tasks, strict=True):
+        assert len(set(names)) == len(names)  # no name for two things
+        assert set(names) <= set(repic.GIVEN_NAMES)
+        assert not any(tag(concept.name) in task.text for concept in concepts)
+    everywhere = {name for names in of_tasks for name in names}
+    assert len(everywhere) > 85
+    assert of_tasks == [names_in(task.text) for task in real_tasks(concepts, kind, 300)]
+
+
+def test_nothing_is_called_by_its_own_name():
+    """Not even by chance: of a hundred names all but these two are drawn."""
+    concepts = [painted("aiko", "person"), painted("Alma", "person")]
+    drawn = set()
+    for seed in range(500):
+        drawn |= set(repic.draw_names(concepts, random.Random(seed)))
+    assert drawn == {f"<{name}>" for name in repic.GIVEN_NAMES} - {"<Aiko>", "<Alma>"}
+
+
+def test_the_toy_world_uses_names_that_its_model_can_spell():
+    everywhere = set()
+    for task in toy_tasks("multi_ict", 100):
+        names = names_in(task.text)
+        assert set(names) <= set(toy.NAMES)
+        assert len(set(names)) == len(names)
+        assert not set(names) & {photo.name.split("/")[0] for photo in task.photos[:-1]}
+        everywhere |= set(names)
+    assert len(everywhere) > 90
 
 
 def test_tasks_come_in_their_shares_and_are_seeded():
     concepts = [painted(f"mug {i}", "mug") for i in range(4)]
-    tasks = repic.make_tasks(concepts, repic.KINDS, 1000, 64, 0)
+    tasks = repic.make_tasks(concepts, repic.KINDS, 1000, 64, "pixels", 0)
     kinds = [task.kind for task in tasks]
     for kind, share in repic.KINDS.items():
         assert abs(kinds.count(kind) - 10 * share) < 45
     assert sum(repic.KINDS.values()) == 100
-    assert tasks == repic.make_tasks(concepts, repic.KINDS, 1000, 64, 0)
-    assert tasks != repic.make_tasks(concepts, repic.KINDS, 1000, 64, 1)
+    assert tasks == repic.make_tasks(concepts, repic.KINDS, 1000, 64, "pixels", 0)
+    assert tasks != repic.make_tasks(concepts, repic.KINDS, 1000, 64, "pixels", 1)
     with pytest.raises(DataError, match="two concepts"):
-        repic.make_tasks(concepts[:1], repic.KINDS, 1, 64, 0)
+        repic.make_tasks(concepts[:1], repic.KINDS, 1, 64, "pixels", 0)
 
 
 def test_shares_follow_the_options():
@@ -145,6 +207,17 @@ def test_shares_follow_the_options():
     assert (config.samples, config.beta) == (1, 0)
 
 
+def test_a_real_model_has_repics_schedule():
+    """2 prompts a step and 1000 steps; the toy model keeps its own."""
+    config, _ = repic.read_settings(["--model", "Qwen/Qwen2-VL-2B-Instruct"])
+    assert (config.games, config.steps, config.samples) == (2, 1000, 8)
+    config, _ = repic.read_settings([])
+    assert (config.games, config.steps) == (12, 60)
+
+
+LIST = ["--model", "m", "--tasks", "tasks.json", "--images", "train"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -153,6 +226,15 @@ def test_shares_follow_the_options():
         (["--sft", "--beta", "0.1"], "leave out --samples and --beta"),
         (["--sft", "--samples", "4"], "leave out --samples and --beta"),
         (["--samples", "1"], "--samples must be at least 2"),
+        (["--data", "photos"], "--data wants a --model"),
+        (["--images", "train"], "give --tasks FILE, too"),
+        (["--model", "m", "--tasks", "tasks.json"], "--tasks wants --images"),
+        (["--tasks", "tasks.json", "--images", "train"], "--tasks wants a --model"),
+        ([*LIST, "--data", "photos"], "leave out --data"),
+        ([*LIST, "--train-concepts", "3"], "leave out --train-concepts"),
+        ([*LIST, "--sft"], "no captions: leave out --sft"),
+        ([*LIST, "--mix", "1,1,1,1"], "leave out --mix"),
+        ([*LIST, "--without", "oct"], "leave out --without"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, message):
@@ -197,10 +279,24 @@ def test_object_consistency_counts_words_only(answer, yes, no):
         ("[1,2,3,4], yes [1, 2, 3, 4]", (1, 2, 3, 4)),
         ("[1.,2,3,4]", None),
         ("", None),
+        ("(1,2),(3,4)", (1, 2, 3, 4)),
+        ("<|box_start|>(1,2),(3,4)<|box_end|>", (1, 2, 3, 4)),
+        (
+            "<|object_ref_start|>mug<|object_ref_end|><|box_start|>(104,20),(530,999)<|box_end|>",
+            (104, 20, 530, 999),
+        ),
+        ("( 1.5 , 2 ) , (3 , 4.25)", (1.5, 2, 3, 4.25)),
+        ("[(1, 2), (3, 4)]", (1, 2, 3, 4)),
+        ("(1,2),(3,4) is [1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("(1,2),(3,4) and (1,2),(3,5)", None),
+        ("(1,2),(3,4) or [1, 2, 3, 5]", None),
+        ("(1,2)", None),
+        ("(1,2,3,4)", None),
+        ("(x1,y1),(x2,y2)", None),
     ],
 )
-def test_boxes_are_read_with_decimals_and_spaces(answer, box):
-    """RePIC's code read whole numbers only, and none after a space."""
+def test_boxes_are_read_in_both_forms(answer, box):
+    """With decimals and spaces: RePIC's code read whole numbers only, and none after a space."""
     assert repic.read_box(answer) == box
 
 
@@ -251,6 +347,8 @@ def test_identity_consistency_counts_names():
     # Names as pairs of tags: RePIC's code paid them where there are several names.
     assert repic.ict_reward("<bo> a dog </bo> and <mia>", ["<bo>", "<mia>"], 0) == 0
     assert repic.ict_reward("<bo> a dog </bo>", ["<bo>"], 0) == 0
+    # A list of tasks may have names without brackets.
+    assert repic.ict_reward("bo is here", ["bo"], 0) == 1
 
 
 # ------------------------------------------------------------------------- rules, tasks and model
@@ -286,6 +384,66 @@ def test_boxes_are_mapped_through_the_resize_the_model_saw(toy_mllm):
     assert small.picture_size(task.photos[0]) == (64, 64)
     box, _ = task.solution
     assert paid(small, task, str([edge * 64 / 144 for edge in box])) == [1]
+
+
+QWEN2 = Qwen2VLConfig()
+QWEN25 = Qwen2_5_VLConfig()
+
+
+def seeing(config, width, height):
+    """The two things that boxes depend on: the model's family, and the size it resized to."""
+
+    def picture_size(photo):
+        return width, height
+
+    return SimpleNamespace(config=config, picture_size=picture_size)
+
+
+@pytest.mark.parametrize(
+    "config, answer, expected",
+    [
+        # The box is (20, 40, 60, 80) in a picture of 200 x 100 pixels, seen as 112 x 56.
+        (QWEN2, "(100,400),(300,800)", 1),
+        (QWEN2, "<|box_start|>(100,400),(300,800)<|box_end|>", 1),
+        (QWEN2, '{"bbox_2d": [100, 400, 300, 800]}', 1),
+        (QWEN2, "[11, 22, 34, 45]", 0),
+        (QWEN2, "[20, 40, 60, 80]", 0),
+        (QWEN25, "[11, 22, 34, 45]", 1),
+        (QWEN25, "(11.2,22.4),(33.6,44.8)", 1),
+        (QWEN25, "(100,400),(300,800)", 0),
+        (QWEN25, "[20, 40, 60, 80]", 0),
+        # The upper half of the box: an IoU of exactly one half, and a little less.
+        (QWEN2, "(100,400),(300,600)", 1),
+        (QWEN2, "(100,400),(300,599.5)", 0),
+        (QWEN25, "[11.2, 22.4, 33.6, 33.6]", 1),
+        (QWEN25, "[11.2, 22.4, 33.6, 33.5]", 0),
+        # Inside out.
+        (QWEN2, "(300,800),(100,400)", 0),
+        (QWEN2, "(300,400),(100,800)", 0),
+    ],
+)
+def test_boxes_count_as_the_family_of_the_model_gives_them(config, answer, expected):
+    photo = Photo("scene", Image.new("RGB", (200, 100)).copy)
+    task = repic.Task("vlt", [photo], "Where?", ((20, 40, 60, 80), (200, 100)))
+    assert paid(seeing(config, 112, 56), task, answer) == [expected]
+
+
+def test_boxes_are_asked_for_as_the_model_gives_them(toy_mllm, byte_folder, concepts):
+    units = [repic.box_unit(seeing(config, 1, 1)) for config in (QWEN2, QWEN25)]
+    assert units == ["thousandths", "pixels"]
+    assert repic.box_unit(toy_mllm) == "pixels"  # a Qwen2-VL, too, but it was taught pixels
+    assert repic.box_unit(MLLM(str(byte_folder), 12544)) == "thousandths"
+
+    for task in real_tasks(concepts, "vlt", 20, "thousandths"):
+        assert "(x1,y1),(x2,y2), in thousandths of" in task.text and "bbox" not in task.text
+    for task in real_tasks(concepts, "vlt", 20, "pixels"):
+        assert '{"bbox_2d": [x1, y1, x2, y2]}' in task.text and "thousandths" not in task.text
+    # Nothing else depends on it.
+    shares = {"oct": 1.0, "vlt": 1.0}
+    in_pixels = repic.make_tasks(concepts, shares, 30, 64, "pixels", 0)
+    in_thousandths = repic.make_tasks(concepts, shares, 30, 64, "thousandths", 0)
+    for one, other in zip(in_pixels, in_thousandths, strict=True):
+        assert (one.kind, one.photos, one.solution) == (other.kind, other.photos, other.solution)
 
 
 def test_means_by_kind():
@@ -347,7 +505,7 @@ def test_sft_is_cross_entropy(learner):
     captions = repic.given_captions(mllm, tasks, 0)
     assert example["samples"][0]["text"] == captions[0]
     assert metrics["reward"] == 1  # the given captions use every name
-    assert metrics["kl"] > 0.01  # against LoRA off; its weight is 0
+    assert "kl" not in metrics  # its weight is 0
 
     mllm.model.zero_grad()
     answers = repic.as_completions(mllm, captions)
@@ -368,13 +526,203 @@ def test_sft_learns_what_the_model_says_of_real_photos(random_mllm, concepts, mo
         return [f"a picture of {prompt.photos[0].name}" for prompt in prompts]
 
     monkeypatch.setattr(random_mllm, "greedy", greedy)
-    [task] = repic.make_tasks(concepts, {"multi_ict": 1.0}, 1, 64, 3)
+    [task] = real_tasks(concepts, "multi_ict", 1)
     [caption] = repic.given_captions(random_mllm, [task], 32)
     parts = [f"{named.name}: a picture of {named.photo.name}" for named in task.shown]
     assert caption == " ".join(parts)
+    assert set(names_in(caption)) <= set(repic.GIVEN_NAMES)
+
+
+# ------------------------------------------------------------------------------- a list of tasks
+OCT = {
+    "image": ["crops/cat.png", "street.jpg"],
+    "problem": "Is <Mia> of the first image in the second image?",
+    "solution": "Yes",
+    "accu_reward_method": "yes_no",
+}
+VLT = {
+    "image": "street.jpg",
+    "problem": "<image>Give the box of the left dog.",
+    "solution": [20, 10, 60, 30],
+    "accu_reward_method": "iou",
+}
+SINGLE = {
+    "image": ["crops/cat.png", "street.jpg"],
+    "problem": "The first image is <Mia>. Describe the second image.",
+    "solution": "<Mia>",
+    "accu_reward_method": "yes_no_name",
+}
+MULTI = {
+    "image": ["crops/cat.png", "crops/dog.png", "street.jpg"],
+    "problem": "The images show <Mia>, <Bo>. Describe the last image.",
+    "solution": ["<Mia>", "<Bo>"],
+    "accu_reward_method": "yes_no_name_multi",
+}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of pictures of three sizes."""
+    folder = tmp_path / "train"
+    (folder / "crops").mkdir(parents=True)
+    Image.new("RGB", (30, 40), "red").save(folder / "crops/cat.png")
+    Image.new("RGB", (40, 40), "blue").save(folder / "crops/dog.png")
+    Image.new("RGB", (100, 50), "grey").save(folder / "street.jpg")
+    return folder
+
+
+def write_list(images, records, lines=False):
+    """A list of tasks beside the pictures, as JSON or JSON lines.   -> the settings to read it"""
+    file = images.parent / ("tasks.jsonl" if lines else "tasks.json")
+    text = json.dumps(records)
+    if lines:
+        text = "\n".join(json.dumps(record) for record in records) + "\n"
+    file.write_text(text)
+    return repic.Config(tasks=str(file), images=str(images))
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_list_of_tasks_is_read_as_it_is_distributed(images, lines):
+    config = write_list(images, [OCT, VLT, SINGLE, MULTI], lines)
+    oct_task, vlt_task, single, multi = repic.load_tasks(config, "thousandths")
+    kinds = [task.kind for task in (oct_task, vlt_task, single, multi)]
+    assert kinds == ["oct", "vlt", "single_ict", "multi_ict"]
+
+    assert oct_task.solution == "yes"
+    assert oct_task.text == (
+        "Is <Mia> of the first image in the second image? "
+        "Your final answer must be either yes or no, with no additional output."
+    )
+    assert [photo.load().size for photo in oct_task.photos] == [(30, 40), (100, 50)]
+
+    assert vlt_task.solution == ((20, 10, 60, 30), (100, 50))
+    assert vlt_task.text == (
+        "Give the box of the left dog. For bounding box coordinates, answer in the form "
+        "(x1,y1),(x2,y2), in thousandths of the picture's width and height."
+    )
+    _, vlt_in_pixels, _, _ = repic.load_tasks(config, "pixels")
+    assert vlt_in_pixels.text.endswith('answer in JSON format: {"bbox_2d": [x1, y1, x2, y2]}')
+
+    assert single.solution == ["<Mia>"]
+    assert multi.solution == ["<Mia>", "<Bo>"]
+    assert [photo.name for photo in multi.photos] == MULTI["image"]
+    assert multi.text.startswith(MULTI["problem"])
+
+
+def test_perfect_answers_to_a_list_earn_all(images):
+    config = write_list(images, [OCT, VLT, SINGLE, MULTI])
+    tasks = repic.load_tasks(config, "thousandths")
+    caption = "<Mia> and <Bo> stand in a street and wait for the bus."
+    answers = ["yes", "(200,200),(600,600)", caption, caption]
+    mllm = seeing(QWEN2, 112, 56)
+    earned = [paid(mllm, *pair) for pair in zip(tasks, answers, strict=True)]
+    assert earned == [[1], [1], [1], [1]]
+
+
+def test_the_ending_of_a_caption_task_is_drawn_once(images):
+    config = write_list(images, [SINGLE] * 500)
+    tasks = repic.load_tasks(config, "pixels")
+    endings = [task.text.removeprefix(SINGLE["problem"]).strip() for task in tasks]
+    assert 70 < endings.count("Use the given names in the caption.") < 130
+    assert 70 < endings.count("Do not repeat what was said here.") < 130
+    assert 260 < endings.count("") < 340
+    assert tasks == repic.load_tasks(config, "pixels")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": "nowhere.jpg"}, "nowhere.jpg, which is not there"),
+        ({"image": "../tasks.json"}, "cannot identify image file"),
+        ({"image": []}, "the path of its image"),
+        ({"image": 5}, "the path of its image"),
+        ({"problem": None}, "a text as its problem"),
+        ({"accu_reward_method": "bleu"}, "one of yes_no, iou, yes_no_name, yes_no_name_multi"),
+        ({"accu_reward_method": ["iou"]}, "as its accu_reward_method"),
+        ({"solution": "somewhere"}, "a box"),
+        ({"solution": [1, 2, 3]}, "a box"),
+        ({"solution": [1, 2, "3", 4]}, "a box"),
+        ({"solution": [60, 10, 20, 30]}, "a box"),
+        ({"accu_reward_method": "yes_no"}, "yes or no"),
+        ({"accu_reward_method": "yes_no", "solution": "yes or no"}, "yes or no"),
+        ({"accu_reward_method": "yes_no_name", "solution": ""}, "a name"),
+        ({"accu_reward_method": "yes_no_name_multi"}, "a name or a list of names"),
+    ],
+)
+def test_an_odd_record_is_named(images, change, message):
+    config = write_list(images, [OCT, VLT | change])
+    with pytest.raises(DataError, match=f"record 2 of .*tasks.json: .*{message}") as caught:
+        repic.load_tasks(config, "pixels")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_may_leave_its_method_out(images):
+    """RePIC's code takes it for a box."""
+    without = {key: value for key, value in VLT.items() if key != "accu_reward_method"}
+    [task] = repic.load_tasks(write_list(images, [without]), "pixels")
+    assert task.kind == "vlt"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1", '"a"', ""])
+def test_a_file_that_is_no_list_of_tasks(images, content):
+    config = write_list(images, [])
+    (images.parent / "tasks.json").write_text(content)
+    with pytest.raises(DataError, match=r"tasks\.json"):
+        repic.load_tasks(config, "pixels")
+    with pytest.raises(DataError, match="record 1 of .*: wanted: an object"):
+        repic.load_tasks(write_list(images, ["text"]), "pixels")
+
+
+@pytest.mark.parametrize("tasks, eval_games, held_out", [(20, 100, 4), (20, 3, 3), (4, 100, 0)])
+def test_the_end_of_a_shuffled_list_is_held_out(images, tasks, eval_games, held_out):
+    records = [VLT | {"problem": f"Find thing {number}."} for number in range(tasks)]
+    config = write_list(images, records)
+    config.eval_games = eval_games
+    mined = repic.mine(seeing(QWEN2, 112, 56), config)
+    assert (len(mined.seen), mined.unseen, mined.split) == (held_out, [], None)
+    texts = [task.text for task in mined.train + mined.seen]
+    assert len(set(texts)) == tasks  # each is in one part
+    in_order = [task.text for task in repic.load_tasks(config, "thousandths")]
+    assert texts != in_order and sorted(texts) == sorted(in_order)
+    config.seed = 1
+    other = repic.mine(seeing(QWEN2, 112, 56), config)
+    assert texts != [task.text for task in other.train + other.seen]
+
+
+LIST_RUN = "--steps 2 --games 2 --samples 2 --max-tokens 4 --rank 2 --max-pixels 12544".split()
+
+
+@pytest.mark.parametrize("records", [[OCT, VLT, SINGLE, MULTI] * 3, [OCT, VLT]])
+def test_a_run_on_a_list(images, records, byte_folder, tmp_path, monkeypatch, capsys):
+    """Of the shorter one no task is held out."""
+    write_list(images, records)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(byte_folder), "--tasks", "tasks.json", "--images", "train"]
+    result = repic.train(*repic.read_settings([*arguments, *LIST_RUN, "--out", "run"]))
+    held_out = len(records) // 5
+    assert f"{len(records)} tasks: {len(records) - held_out} to train on" in capsys.readouterr().out
+    for when in ("before", "after"):
+        figures = result[when]
+        assert figures.pop("unseen") is None
+        known = [value for value in figures.values() if value is not None]
+        assert (known == []) == (held_out == 0)
+        assert all(0 <= value <= 1 for value in known)
+    assert len(result["examples"]["after"]) == held_out
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 2
 
 
 # --------------------------------------------------------------------------------------- the runs
+def test_an_exam_without_held_out_concepts(toy_mllm, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=2, views=2))
+    config = repic.Config(steps=1, games=4, eval_games=3, train_concepts="20", max_tokens=8)
+    tasks = repic.mine(toy_mllm, config)
+    assert (len(tasks.train), tasks.seen, tasks.unseen) == (4, [], [])
+    assert len(tasks.split.train) == 20
+    assert "0 held out (0 tasks)" in capsys.readouterr().out
+    taken = repic.exam(toy_mllm, tasks, config)
+    assert taken == {"figures": dict.fromkeys([*repic.KINDS, "unseen"]), "examples": []}
+
+
 def run_repic(*arguments):
     command = [sys.executable, "repic.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import lora
 import rrg
+import run
 import toy
 from conftest import ROOT, prompts_about
 from data import DataError, Game, Photo, Split, load_concepts
@@ -355,6 +356,15 @@ def test_a_choice_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------- stage 1, mine
+def positives(games):
+    return [game.pool[game.positive] for game in games]
+
+
+def negatives(games):
+    """Of each game, in any order."""
+    return [{photo for photo in game.pool if photo != game.pool[game.positive]} for game in games]
+
+
 def test_games_are_mined_as_the_settings_say_and_measured_in_hard_ones(toy_mllm, monkeypatch):
     shrink_world(monkeypatch)
     hard = rrg.mine(toy_mllm, rrg.Config(eval_games=9))
@@ -364,9 +374,15 @@ def test_games_are_mined_as_the_settings_say_and_measured_in_hard_ones(toy_mllm,
     trained = {game.concept for game in hard.train}
     assert not trained & {game.concept for game in hard.seen}
 
-    easy = rrg.mine(toy_mllm, rrg.Config(eval_games=9, negatives="random", positive="easy"))
-    assert easy.train != hard.train
-    assert (easy.seen, easy.unseen) == (hard.seen, hard.unseen)
+    # Each setting alone, and exams are hard whatever they say.
+    random_negatives = rrg.mine(toy_mllm, rrg.Config(eval_games=9, negatives="random"))
+    easy = rrg.mine(toy_mllm, rrg.Config(eval_games=9, positive="easy"))
+    assert positives(random_negatives.train) == positives(hard.train)
+    assert positives(easy.train) != positives(hard.train)
+    assert negatives(random_negatives.train) != negatives(hard.train)
+    assert negatives(easy.train) == negatives(hard.train)
+    for games in (random_negatives, easy):
+        assert (games.seen, games.unseen) == (hard.seen, hard.unseen)
 
     other = rrg.mine(toy_mllm, rrg.Config(eval_games=9, seed=1))
     assert other.seen != hard.seen
@@ -527,6 +543,19 @@ def test_what_the_update_is_given(learner, monkeypatch):
     assert torch.allclose(batch.advantages[:4], expected, atol=1e-4)
 
 
+def test_no_two_steps_of_any_runs_have_the_same_random_numbers(learner, monkeypatch):
+    seeds = []
+
+    def draw_uniforms(max_tokens, rows, seed, device):
+        seeds.append(seed)
+        return torch.rand(max_tokens, rows)
+
+    monkeypatch.setattr(run, "draw_uniforms", draw_uniforms)
+    for number, seed in ((0, 0), (1, 0), (0, 1), (1, 1), (7, 0), (0, 7)):
+        step(learner, number, seed=seed, max_tokens=2)
+    assert len(set(seeds)) == 6
+
+
 def test_several_updates_a_step_really_clip(learner):
     learner.optimizer.param_groups[0]["lr"] = 30.0
     metrics, _ = step(learner, mu=3, loss="dapo")
@@ -604,6 +633,21 @@ def test_a_run_goes_on_with_the_photos_that_it_was_begun_with(tmp_path, random_f
     assert "2 gone, such as bo/0.png; 2 new, such as bo/2.png; 1 changed, such as tom/0.png" in str(
         refusal.value
     )
+
+
+def test_each_step_has_its_learning_rate(tmp_path, monkeypatch, random_folder):
+    """Up during the warm-up, then down to 0, and the optimizer has it when the step is made."""
+    rates = []
+
+    def train_step(mllm, games, optimizer, step, config):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return {}, {}
+
+    shrink_world(monkeypatch)
+    monkeypatch.setattr(rrg, "train_step", train_step)
+    small = "--steps 5 --warmup 2 --lr 0.3 --games 2 --eval-games 1 --max-tokens 2".split()
+    play(tmp_path, "--model", str(random_folder), *small)
+    assert rates == pytest.approx([0.15, 0.3, 0.3, 0.2, 0.1])
 
 
 def test_a_folder_or_the_toy_world(toy_mllm, tmp_path):
