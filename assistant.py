@@ -27,11 +27,15 @@ a run of rrg.py, --adapter runs/x/adapter.
 
 Where it departs from the paper and its authors' research code:
 1. The model's own features are the default in retrieval: photos are compared by the frozen tower,
-   a photo and a text by the listener's belief. --embedder takes a CLIP.
+   a photo and a text by the listener's belief. --embedder takes a CLIP, which is theirs.
 2. Candidates are lettered in random order. (By rank, "A" would be a good guess.)
 3. Answers are parsed strictly. One that cannot be read is never guessed at.
 4. Recognition and questions show the new photo only, as the paper's prompt says. (The research
-   code shows a reference photo as well.)
+   code shows a reference photo as well; so does evaluate.py --show-reference.)
+5. The reader gets the coarse and the detailed part of a description. (The research code gives it
+   the coarse one.)
+6. Several photos of a thing may be described; the descriptions are joined. (Theirs is of one.)
+7. An answer may take 256 tokens. (The research code lets a description take 128.)
 
 Shapes: P photos, C concepts in the database, k retrieved candidates, D width of the vectors that
 are compared.
@@ -61,8 +65,8 @@ from data import (
     tag,
 )
 from lora import load_adapter, remove_lora, write_json
-from model import MLLM, Clip, Prompt
-from reward import SPEAK, parse
+from model import MLLM, PICTURE, Clip, Prompt
+from reward import parse, speaker_prompt
 from run import option
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -94,6 +98,13 @@ VQA = (  # {text}: the <name> and the quoted description; the question; two lett
     "Somebody described the main subject of this photo:\n{text}\n"
     "Look at the photo and choose the right option. Answer only with JSON in this form:\n"
     '{"Answer": "A or B"}'
+)
+
+
+# Stands before one of the last two templates where a reference photo is shown, too.
+TWO_PHOTOS = (
+    f"Photo 1, which the question is about: {PICTURE}\n"
+    f"Photo 2, of the thing that is described here: {PICTURE}\n"
 )
 
 
@@ -161,10 +172,12 @@ def describe(mllm, concepts, max_tokens):
     A malformed description is remembered, too: an assistant has to live with what the speaker
     says.
     """
-    photos = [photo for concept in concepts for photo in concept.photos]
-    prompts = [Prompt([photo], SPEAK) for photo in photos]
-    answers = mllm.greedy(prompts, max_tokens, progress="describing")
-    answer_of = dict(zip(photos, answers, strict=True))
+    prompts = {}  # {Photo: Prompt}
+    for concept in concepts:
+        for photo in concept.photos:
+            prompts[photo] = Prompt([photo], speaker_prompt(photo, concept.category))
+    answers = mllm.greedy(list(prompts.values()), max_tokens, progress="describing")
+    answer_of = dict(zip(prompts, answers, strict=True))
 
     entries = []
     for concept in concepts:
@@ -405,14 +418,31 @@ def caption(mllm, photos, candidates, max_tokens, seed):
     return captions
 
 
-def recognise(mllm, pairs, max_tokens):
+def ask(mllm, template, asked, max_tokens, progress, show_reference):
+    """The answers to a template.   asked [(photo, entry, what stands for {text}), ...] -> texts
+
+    show_reference: the entry's first photo is shown, too.
+    """
+    if not show_reference:
+        pairs = [(photo, text) for photo, _, text in asked]
+        return mllm.answer(template, pairs, max_tokens, progress)
+
+    template = TWO_PHOTOS + re.sub(r"\bth(is|e) photo\b", "photo 1", template)
+    prompts = []
+    for photo, entry, text in asked:
+        prompts.append(Prompt([photo, entry.photos[0]], template.replace("{text}", text)))
+    return mllm.greedy(prompts, max_tokens, progress)
+
+
+def recognise(mllm, pairs, max_tokens, show_reference=False):
     """Does the photo show that very concept?   pairs [(photo, entry), ...] -> [bool or None]
 
     None where the answer cannot be read.
     """
-    quoted = [(photo, mllm.quote(entry.text)) for photo, entry in pairs]
+    asked = [(photo, entry, mllm.quote(entry.text)) for photo, entry in pairs]
+    answers = ask(mllm, RECOGNITION, asked, max_tokens, "recognition", show_reference)
     verdicts = []
-    for answer in mllm.answer(RECOGNITION, quoted, max_tokens, "recognition"):
+    for answer in answers:
         row = read_answer(answer, Answer=YES_OR_NO)
         verdicts.append(None if row is None else row["Answer"] == "Yes")
     return verdicts
@@ -429,21 +459,19 @@ class Question:
     answer: str  # the letter of the right one
 
 
-def answer_questions(mllm, questions, entry_of, max_tokens):
+def answer_questions(mllm, questions, entry_of, max_tokens, show_reference=False):
     """Is the right option chosen?   entry_of {concept name: Entry} -> [bool or None]
 
     None where the answer cannot be read.
     """
-    pairs = []
+    asked = []
     for question in questions:
         name = tag(question.concept)
-        lines = [
-            f"{name}: {mllm.quote(entry_of[question.concept].text)}",
-            question.text.format(name),
-        ]
+        entry = entry_of[question.concept]
+        lines = [f"{name}: {mllm.quote(entry.text)}", question.text.format(name)]
         lines += [f"{letter}. {option}" for letter, option in question.options.items()]
-        pairs.append((question.photo, "\n".join(lines)))
-    answers = mllm.answer(VQA, pairs, max_tokens, "answering")
+        asked.append((question.photo, entry, "\n".join(lines)))
+    answers = ask(mllm, VQA, asked, max_tokens, "answering", show_reference)
 
     hits = []
     for question, answer in zip(questions, answers, strict=True):
@@ -462,18 +490,16 @@ class AssistantOptions:
         "checkpoint: a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct; default: the toy",
         metavar="DIR",
     )
-    references: int = option(
-        1, "photos described of each thing (published: MyVLM 4, PerVA 5)", least=1
-    )
-    k: int = option(3, "descriptions retrieved for a photo, at most 26", least=2)
+    references: int = option(1, "photos described of each thing (published: 1)", least=1)
+    k: int = option(3, "descriptions retrieved for a photo", least=2, most=len(LETTERS))
     embedder: str = option(
         "",
         "CLIP that retrieves, such as openai/clip-vit-large-patch14-336; default: the model itself",
         metavar="CLIP",
     )
     seed: int = option(0, "seed of all that is drawn; in evaluate.py give that of the run")
-    max_tokens: int = option(128, "longest description or answer, in tokens", least=1)
-    max_pixels: int = option(401408, "photos are shrunk to this", toy=20736)
+    max_tokens: int = option(256, "longest description or answer, in tokens", toy=128, least=1)
+    max_pixels: int = option(401408, "photos are shrunk to this", toy=20736, least=784)
 
 
 @dataclass
@@ -494,14 +520,8 @@ class Options(AssistantOptions):
 
 
 def fill_in_assistant(cls, given):
-    """run.fill_in, with what all options of the assistant have to be.   -> cls
-
-    Raises DataError where one is not.
-    """
-    options = run.fill_in(cls, given, toy.is_toy(given.get("model", toy.FOLDER)))
-    if options.k > len(LETTERS):
-        raise DataError(f"--k must be at most {len(LETTERS)}: candidates are called by letters")
-    return options
+    """run.fill_in, with the defaults of the model that is given.   -> cls"""
+    return run.fill_in(cls, given, toy.is_toy(given.get("model", toy.FOLDER)))
 
 
 def read_settings(argv=None):

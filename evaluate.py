@@ -3,47 +3,57 @@
 Each concept's reference photos are described by a speaker: the model with an adapter, or "base",
 the model as it came. The descriptions become a database, and the test photos are put to the
 assistant that knows nothing else (assistant.py): it retrieves, captions, recognises and answers
-questions. So the reader is the same in all rows of the table, and only the descriptions differ.
+questions. What it is asked is the same in all rows of the table:
 
-With --grounding the model is also measured as RePIC was, *with* its adapter on and from pictures
-instead of descriptions: it sees reference photos with names, then a photo of one of these concepts,
-or a scene of two or four. Do its captions use the names? With the right references, with those
-that look most like what is in the picture, and with wrong ones (where fewer is better).
+    base        what the model as it came describes
+    refined     the same descriptions, which it has rewritten without state and place: a baseline
+                that has learned nothing
+    an adapter  what the model describes with it, and reads with it too where it is RePIC's or
+                SFT's, which were made for that; all other rows are read without (--reader)
+    a database  descriptions that were written elsewhere
+
+With --grounding the model is also measured as RePIC was (naming.py), with its adapter on: do
+captions use the names that reference photos give?
 
     python evaluate.py --adapter runs/x/adapter    # the toy world: a row for base, one for x
     python evaluate.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/ --all
                                                    # any folder of photos (data.py has the layouts)
+    python evaluate.py --protocol perva --train-concepts 30 --data perva-data/ --model ...
+                                                   # as published rows were measured (protocols.py)
     python evaluate.py --database database.json    # descriptions that were written elsewhere
 
 The result is a Markdown table on the screen and, with --out, JSON on disk. "seen" are test photos
 of held-out concepts, whose categories rrg.py was trained on, looked up in a database of all
-concepts of these categories; "unseen" the same for the categories that it never met. Columns:
+concepts of these categories; "unseen" the same for the categories that it never met. With --all or
+--train-concepts there is one part, "all". Columns:
 
-    caption F1        of the chosen letter, with precision and recall: the mean over concepts
-    name F1           does the caption call the concept by its name?
-    recognition       the mean of positive (this is it) and negative (this is another one)
-    inside, across    the same, with negatives of its own category only, of other categories only
-    VQA               right answers to questions
-    leakage           descriptions that mention state or place
-    words             how long a description is
-    ceiling           is the right one among the k retrieved? Captions cannot be better
-    unparsed          answers that cannot be read, which are wrong as well
+    caption F1            of the chosen letter, with precision and recall: the mean over concepts
+    name F1               does the caption call the concept by its name?
+    recognition           among look-alikes: the mean of positive (this is it) and negative (this is
+                          another one), with negatives of the photo's own category only, as the RRG
+                          authors' code has it for PerVA (recognition_inside in JSON; where no
+                          category is known, it is of all pairs)
+    all pairs             the same with all negatives (recognition_weighted), then its two halves
+    across                the same with negatives of other categories only
+    VQA                   right answers to questions
+    leakage               descriptions that mention state or place
+    words                 how long a description is
+    ceiling               is the right one among the k retrieved? Captions cannot be better
+    unparsed              answers that cannot be read, which are wrong as well
 
-Next to the photos are read, where they are: Yo'LLaVA's questions (yollava-visual-qa.json) and
-RAP's list of recognition pairs (recognition_test.json).
-
-Where it departs from the papers and their research code (see assistant.py for the assistant):
-1. Where the truth is not known, the model itself judges leakage. (The research code asks another
-   language model.)
-2. RePIC finds the things of a scene by a detector. Here scenes are collages (repic.py), so each
-   photo of a collage is compared on its own with the reference photos.
+Where it departs from the papers and their research code (see assistant.py for the assistant, and
+protocols.py for what it is asked about):
+1. An answer that cannot be read is wrong, and no class of its own in F1. (In the research code
+   whatever was answered wrongly is one.)
+2. Where the truth is not known, the model itself judges leakage, and writes the row `refined`.
+   (The research code asks another language model for both.)
+3. RePIC's and SFT's rows are read with their own adapters. (How the paper's were is not known.)
 
 Shapes: C concepts in the database, D width of the vectors that are compared.
 """
 
 import dataclasses
 import pathlib
-import random
 import re
 import shlex
 import sys
@@ -56,7 +66,6 @@ from assistant import (
     YES_OR_NO,
     AssistantOptions,
     Entry,
-    Question,
     adapt,
     answer_questions,
     caption,
@@ -68,28 +77,35 @@ from assistant import (
     recognise,
     retrieve,
 )
-from data import (
-    Concept,
-    DataError,
-    Photo,
-    find_folder,
-    fingerprint,
-    tag,
-)
-from lora import remove_lora, write_json
+from data import DataError, tag
+from lora import lora_off, remove_lora, write_json
 from model import MLLM, Clip, Prompt
 from naming import GROUNDING, grounding, name_grounding
-from protocols import Pair, PhotoSplit, load_pairs, load_questions, split_photos
-from rrg import load_world, photos_of
+from protocols import (
+    PROTOCOLS,
+    Test,
+    all_pairs,
+    choose_tests,
+    load_benchmark,
+    protocol_of,
+    protocol_settings,
+    toy_questions,
+)
+from rrg import photos_of
 from run import option
 
-SCENES = 60  # pictures of one concept, as many of two and of four, for --grounding
 LEAKAGE = (  # {text} is a quoted description
     "This is how somebody described a thing of theirs: {text}\n"
     "Does it mention a passing state of the thing, such as what it is doing, how it is placed, or "
     "that it is open, worn or folded? Does it mention a location, such as the background or what "
     "stands around? Judge strictly by its words. Answer only with JSON in this form:\n"
     '{"State": "Yes or No", "Location": "Yes or No"}'
+)
+REFINE = (  # {text} is a quoted description
+    "This is how somebody described a thing of theirs: {text}\n"
+    "Write it again without any passing state of the thing, such as what it is doing, how it is "
+    "placed, or that it is open, worn or folded, and without any location, such as the background "
+    "or what stands around. Keep everything else as it is. Answer only with the description."
 )
 
 
@@ -175,87 +191,6 @@ def captioning_scores(choices, tested=None):
     }
 
 
-# ------------------------------------------------------------------------- what is measured with
-@dataclass(frozen=True)
-class Test:
-    """A photo that is put to the assistant, and the name of the concept it shows."""
-
-    photo: Photo
-    concept: str
-
-
-def toy_questions(tests, seed):
-    """Where, how and in what light is it? Three questions about each test photo.   -> [Question]
-
-    No good description answers them: they are answered by looking.
-    """
-    questions = []
-    for test in tests:
-        rng = random.Random(f"questions {seed} {test.photo.name}")
-        for kind in toy.VIEW:
-            quiz = toy.quiz(test.photo.truth, kind, rng)
-            questions.append(
-                Question(test.concept, test.photo, quiz.text, quiz.options, quiz.answer)
-            )
-    return questions
-
-
-@dataclass
-class Part:
-    """One part of the table: concepts of categories that are seen in training, or unseen."""
-
-    known: list[Concept]  # those in the database
-    tested: list[Concept]  # those whose photos are put to the assistant
-    tests: list[Test] = field(default_factory=list)
-
-
-@dataclass
-class Benchmark:
-    """All that speakers and databases are measured with."""
-
-    root: pathlib.Path | None  # the folder of photos; None: the toy world
-    concepts: list[Concept]
-    splits: dict[str, PhotoSplit]  # {concept name: its photos}
-    parts: dict[str, Part]  # "seen" and "unseen"
-    questions: list[Question]  # the benchmark's own
-    pairs: list[Pair]  # the benchmark's own
-
-
-def load_benchmark(mllm, options):
-    """The photos in --data, or the toy world, and what comes with them.   -> Benchmark"""
-    root = find_folder(options.data) if options.data else None
-    concepts, split = load_world(mllm, root, options.seed)
-
-    splits = {}
-    for concept in concepts:
-        splits[concept.name] = split_photos(concept, options.references, options.seed)
-    seen = split.train + split.test
-    tested = seen if options.all else split.test
-    parts = {"seen": Part(seen, tested), "unseen": Part(split.unseen, split.unseen)}
-
-    questions = []
-    pairs = []
-    if root:
-        questions = load_questions(root, concepts)
-        pairs = load_pairs(root, concepts)
-    return Benchmark(root, concepts, splits, parts, questions, pairs)
-
-
-def choose_tests(benchmark, used):
-    """Fill in the tests of each part. used: the photos that databases were written from.
-
-    Those are no tests, nor are copies of them: RAP's databases keep pictures of their own.
-    """
-    fingerprints = {fingerprint(photo.load()) for photo in used}
-    for part in benchmark.parts.values():
-        part.tests = []
-        for concept in part.tested:
-            photos = benchmark.splits[concept.name].tests
-            if fingerprints:
-                photos = [p for p in photos if fingerprint(p.load()) not in fingerprints]
-            part.tests += [Test(photo, concept.name) for photo in photos]
-
-
 # ---------------------------------------------------------------------- what the assistant makes
 @dataclass
 class Leakage:
@@ -289,16 +224,55 @@ def leakage(mllm, entries, max_tokens):
     return Leakage(mean(leaked), unparsed)
 
 
-def find_candidates(embedder, entries, tests, options):
+def refine(mllm, entries, max_tokens):
+    """Descriptions, rewritten by the model without state and place.   -> [Entry]
+
+    An empty answer is a malformed description.
+    """
+    prompts = []
+    for entry in entries:
+        prompts.append(Prompt([], REFINE.replace("{text}", mllm.quote(entry.text))))
+    refined = []
+    answers = mllm.greedy(prompts, max_tokens, "refining")
+    for entry, answer in zip(entries, answers, strict=True):
+        text = " ".join(answer.split()).strip('"')  # it was given between quotation marks
+        refined.append(dataclasses.replace(entry, text=text, malformed=not text))
+    return refined
+
+
+@dataclass
+class Lookup:
+    """Entries that are looked up together, and the tests that are put to them."""
+
+    entries: list[Entry]
+    tests: list[Test]
+
+
+def look_up_together(entries, tests, by_category):
+    """All at once, or each category on its own.   -> [Lookup]"""
+    if not by_category:
+        return [Lookup(entries, tests)]
+    category_of = {entry.name: entry.category for entry in entries}
+    lookups = []
+    for category in dict.fromkeys(category_of.values()):
+        of_category = [entry for entry in entries if entry.category == category]
+        about = [test for test in tests if category_of[test.concept] == category]
+        if about:
+            lookups.append(Lookup(of_category, about))
+    return lookups
+
+
+def find_candidates(embedder, lookup, options):
     """The k entries that each test photo is captioned with.   -> [[Entry] * k] * tests
 
     With --skip-retrieval the right one is always among them, in the place of the last.
     """
-    photos = [test.photo for test in tests]
-    entry_of = {entry.name: entry for entry in entries}
+    photos = [test.photo for test in lookup.tests]
+    entry_of = {entry.name: entry for entry in lookup.entries}
+    retrieved = retrieve(embedder, photos, lookup.entries, options.k)
     candidates = []
-    for test, retrieved in zip(tests, retrieve(embedder, photos, entries, options.k), strict=True):
-        of_photo = [found.entry for found in retrieved]
+    for test, found in zip(lookup.tests, retrieved, strict=True):
+        of_photo = [each.entry for each in found]
         right = entry_of[test.concept]
         if options.skip_retrieval and right not in of_photo:
             of_photo[-1] = right
@@ -306,22 +280,13 @@ def find_candidates(embedder, entries, tests, options):
     return candidates
 
 
-def all_pairs(tests, entries):
-    """Each test photo with each entry.   -> [Pair]"""
-    pairs = []
-    for test in tests:
-        for entry in entries:
-            pairs.append(Pair(test.photo, entry.name, shown=entry.name == test.concept))
-    return pairs
-
-
-def judge(mllm, entries, tests, pairs, max_tokens):
+def judge(mllm, entries, tests, pairs, options):
     """Put test photos to descriptions, in those `pairs` that are about them.   -> [Judgement]"""
     entry_of = {entry.name: entry for entry in entries}
     shows = {test.photo: test.concept for test in tests}  # the name of what a photo shows
     pairs = [pair for pair in pairs if pair.photo in shows and pair.concept in entry_of]
     described = [(pair.photo, entry_of[pair.concept]) for pair in pairs]
-    verdicts = recognise(mllm, described, max_tokens)
+    verdicts = recognise(mllm, described, options.max_tokens, options.show_reference)
 
     judgements = []
     for pair, said_yes in zip(pairs, verdicts, strict=True):
@@ -331,65 +296,91 @@ def judge(mllm, entries, tests, pairs, max_tokens):
     return judgements
 
 
-def examine(mllm, embedder, entries, tests, questions, pairs, options):
-    """All figures of one part of the table: tests put to a database.
+@dataclass
+class Answers:
+    """What the reader made of the tests of a part."""
 
-    entries [Entry]: the database; tests [Test], at least one
-    questions [Question], pairs [Pair]: the benchmark's own, of which those count that are about
-    the tests. Without pairs each photo is put to each entry.
-    -> {figure: fraction, None where it is not known; "counts": {what: number}}
+    choices: list[Choice]
+    named: list[tuple]  # (the name that belongs there, the caption), for `name_grounding`
+    judgements: list[Judgement]
+    hits: list[bool | None]  # was the right option chosen? None where it cannot be read
+
+
+def ask_reader(mllm, entries, tests, candidates, questions, pairs, options):
+    """Put the three tasks to the model as it is now.   -> Answers
+
+    candidates [[Entry] * k] * tests; the others as in `examine`
     """
-    names = [test.concept for test in tests]
-    entry_of = {entry.name: entry for entry in entries}
-
-    # Retrieve and caption.
-    candidates = find_candidates(embedder, entries, tests, options)
     photos = [test.photo for test in tests]
     captions = caption(mllm, photos, candidates, options.max_tokens, options.seed)
     choices = []
-    named = []  # (the name that belongs there, the caption), for `name_grounding`
-    found = []  # is the right entry among the candidates?
-    for name, of_photo, captioned in zip(names, candidates, captions, strict=True):
+    named = []
+    for test, captioned in zip(tests, captions, strict=True):
         chosen = captioned.chosen.name if captioned.chosen else None
-        choices.append(Choice(name, chosen))
-        named.append(([tag(name)], captioned.text))
-        found.append(entry_of[name] in of_photo)
+        choices.append(Choice(test.concept, chosen))
+        named.append(([tag(test.concept)], captioned.text))
 
-    # Recognise.
-    judgements = judge(mllm, entries, tests, pairs or all_pairs(tests, entries), options.max_tokens)
+    judgements = judge(mllm, entries, tests, pairs, options)
 
-    # Answer questions.
-    questions = [question for question in questions if question.concept in names]
-    hits = answer_questions(mllm, questions, entry_of, options.max_tokens)
+    entry_of = {entry.name: entry for entry in entries}
+    tested = {test.concept for test in tests}
+    questions = [question for question in questions if question.concept in tested]
+    hits = answer_questions(mllm, questions, entry_of, options.max_tokens, options.show_reference)
+    return Answers(choices, named, judgements, hits)
 
-    # The descriptions themselves.
-    leaked = leakage(mllm, entries, options.max_tokens)
-    lengths = [len(entry.text.split()) for entry in entries]
+
+def examine(mllm, embedder, entries, tests, questions, pairs, options):
+    """All figures of one part of the table: tests put to a database.
+
+    The model reads as it is now; retrieval and the judge of leakage are without adapter in every
+    row.
+    entries [Entry]: the database; tests [Test], at least one
+    questions [Question], pairs [Pair]: the benchmark's own, of which those count that are about
+    the tests. Without pairs each photo is put to each entry that it is looked up among.
+    -> {figure: fraction, None where it is not known; "counts": {what: number}}
+    """
+    lookups = look_up_together(entries, tests, protocol_of(options).by_category)
+    tests = []  # in the order of the lookups
+    candidates = []
+    every_pair = []
+    with lora_off(mllm.model):
+        for lookup in lookups:
+            tests += lookup.tests
+            candidates += find_candidates(embedder, lookup, options)
+            every_pair += all_pairs(lookup.tests, lookup.entries)
+        leaked = leakage(mllm, entries, options.max_tokens)
+    found = []  # is the right entry among the candidates?
+    for test, of_photo in zip(tests, candidates, strict=True):
+        found.append(test.concept in [entry.name for entry in of_photo])
+
+    pairs = pairs or every_pair
+    answers = ask_reader(mllm, entries, tests, candidates, questions, pairs, options)
 
     # What could not be read, in all three tasks.
-    answers = [choice.chosen for choice in choices]
-    verdicts = [judgement.said_yes for judgement in judgements]
-    unparsed = [answer is None for answer in answers + verdicts + hits]
+    chosen = [choice.chosen for choice in answers.choices]
+    verdicts = [judgement.said_yes for judgement in answers.judgements]
+    unparsed = [answer is None for answer in chosen + verdicts + answers.hits]
 
-    called = {f"name_{figure}": value for figure, value in name_grounding(named).items()}
+    names = {test.concept for test in tests}
+    called = {f"name_{figure}": value for figure, value in name_grounding(answers.named).items()}
     return {
-        **captioning_scores(choices, set(names)),
+        **captioning_scores(answers.choices, names),
         **called,
-        **recognition_scores(judgements),
-        "vqa": mean([hit is True for hit in hits]),
+        **recognition_scores(answers.judgements),
+        "vqa": mean([hit is True for hit in answers.hits]),
         "leakage": leaked.share,
-        "words": mean(lengths),
+        "words": mean([len(entry.text.split()) for entry in entries]),
         "retrieval_ceiling": mean(found),
         "unparsed": mean(unparsed),
         "counts": {
-            "concepts": len(set(names)),
+            "concepts": len(names),
             "database": len(entries),
             "photos": len(tests),
-            "pairs": len(judgements),
-            "questions": len(hits),
-            "unparsed_captions": answers.count(None),
+            "pairs": len(verdicts),
+            "questions": len(answers.hits),
+            "unparsed_captions": chosen.count(None),
             "unparsed_recognition": verdicts.count(None),
-            "unparsed_vqa": hits.count(None),
+            "unparsed_vqa": answers.hits.count(None),
             "unparsed_leakage": leaked.unparsed,
             "malformed_descriptions": sum(entry.malformed for entry in entries),
         },
@@ -402,10 +393,10 @@ COLUMNS = {
     "captioning_precision": "precision",
     "captioning_recall": "recall",
     "name_f1": "name F1",
-    "recognition_weighted": "recognition",
+    "recognition_inside": "recognition",
+    "recognition_weighted": "all pairs",
     "recognition_positive": "positive",
     "recognition_negative": "negative",
-    "recognition_inside": "inside",
     "recognition_across": "across",
     "vqa": "VQA",
     "leakage": "leakage",
@@ -414,6 +405,7 @@ COLUMNS = {
     "unparsed": "unparsed",
 }
 
+PARTS = {"seen": "seen categories", "unseen": "unseen categories", "all": "all together"}
 TITLE = (
     "{photos} test photos of {concepts} concepts, {database} in the database, "
     "{pairs} pairs to recognise, {questions} questions"
@@ -427,30 +419,61 @@ GROUNDING_TITLE = (
 class Row:
     """A row of the table."""
 
-    name: str  # an adapter, "base", or the file of a database
+    name: str  # "base", "refined", an adapter, or the file of a database
     entries: list[Entry]  # the descriptions, of all concepts
+    reader: str = "base"  # or "adapter": the row's own
     grounding: dict[str, dict] = field(default_factory=dict)  # {part: figures}
 
 
+def run_record(adapter):
+    """The config.json of the run that an adapter is of.   -> its content, {} if there is none"""
+    file = pathlib.Path(adapter).parent / "config.json"
+    return run.load_json(file) if file.is_file() else {}
+
+
+def reader_of(name, options):
+    """Who reads what a speaker has described: "base", or "adapter", the speaker's own."""
+    if name == "base":
+        return "base"
+    own = run_record(name).get("method") in ("repic", "sft")
+    return options.reader or ("adapter" if own else "base")
+
+
 def speaker_row(mllm, embedder, name, benchmark, options):
-    """All that is done with an adapter on: describe, and with --grounding caption.   -> Row"""
+    """Describe, and with --grounding caption, with an adapter on.   -> Row"""
     adapt(mllm, name)
     concepts = []
     for concept in benchmark.concepts:
         references = benchmark.splits[concept.name].references
         concepts.append(dataclasses.replace(concept, photos=references))
-    row = Row(name, describe(mllm, concepts, options.max_tokens))
+    row = Row(name, describe(mllm, concepts, options.max_tokens), reader_of(name, options))
 
+    info = {entry.name: entry.text for entry in row.entries}
+    zero_shot = name == "base"
     for part_name, part in benchmark.parts.items():
         if options.grounding and part.tested:
-            figures = grounding(mllm, embedder, part, benchmark.splits, options)
-            row.grounding[part_name] = figures
+            row.grounding[part_name] = grounding(
+                mllm, embedder, part, benchmark.splits, info, zero_shot, options
+            )
     remove_lora(mllm.model)
     return row
 
 
+def speaker_rows(mllm, embedder, models, benchmark, options):
+    """A row for each of `models`, and after "base" one of its refined descriptions.   -> [Row]"""
+    rows = []
+    for name in models:
+        row = speaker_row(mllm, embedder, name, benchmark, options)
+        rows.append(row)
+        if name == "base" and toy.is_toy(options.model):
+            print("no row `refined`: the toy model does not know that prompt")
+        elif name == "base":
+            rows.append(Row("refined", refine(mllm, row.entries, options.max_tokens)))
+    return rows
+
+
 def database_row(file, concepts):
-    """Descriptions that were written elsewhere.   -> Row
+    """Descriptions that were written elsewhere, with the categories that are known here.   -> Row
 
     Raises DataError where a concept is not described.
     """
@@ -461,12 +484,18 @@ def database_row(file, concepts):
             f"{file} describes {len(described)} concepts, but not {len(missing)} of the "
             f"{len(concepts)} here, such as {missing[0]}"
         )
-    return Row(file, [described[concept.name] for concept in concepts])
+    entries = []
+    for concept in concepts:
+        entry = described[concept.name]
+        entries.append(dataclasses.replace(entry, category=concept.category))
+    return Row(file, entries)
 
 
 def reader_figures(mllm, embedder, row, benchmark, options):
     """Put all tests to one row's descriptions.   -> {part: figures, None without tests}"""
     figures = {}
+    if row.reader == "adapter":
+        adapt(mllm, row.name)
     for part_name, part in benchmark.parts.items():
         figures[part_name] = None
         if not part.tests:
@@ -479,7 +508,8 @@ def reader_figures(mllm, embedder, row, benchmark, options):
         figures[part_name] = examine(
             mllm, embedder, entries, part.tests, questions, benchmark.pairs, options
         )
-        figures[part_name] |= row.grounding.get(part_name, {})
+        figures[part_name] |= row.grounding.get(part_name, {}) | {"reader": row.reader}
+    remove_lora(mllm.model)
     return figures
 
 
@@ -493,13 +523,15 @@ def save_row(result, row, root, out):
 
 
 def table(mllm, embedder, options, models):
-    """A row for each of `models`, adapters or "base", and for each database.
+    """A row for each of `models`, adapters or "base", and for each database; after base: refined.
 
     embedder: the MLLM, or a Clip -> the content of --out, whose "rows" are {name: {part: figures}}
     """
-    for adapter in options.adapter:
-        warn_of_other_split(adapter, options)
+    if options.protocol:
+        show_protocol(options)
     benchmark = load_benchmark(mllm, options)
+    for adapter in options.adapter:
+        warn_of_other_split(adapter, benchmark)
     photos = photos_of(benchmark.concepts)
     mllm.encode_photos(photos, "looking at the photos")
     mllm.check_words(tag(concept.name) for concept in benchmark.concepts)
@@ -511,11 +543,11 @@ def table(mllm, embedder, options, models):
         used += photos_of(row.entries)
     choose_tests(benchmark, used)
 
-    # What is done with an adapter on comes before what reads it, the model without.
-    rows = [speaker_row(mllm, embedder, name, benchmark, options) for name in models]
+    rows = speaker_rows(mllm, embedder, models, benchmark, options)
 
     result = {
         "seed": options.seed,
+        "protocol": options.protocol,
         "command": shlex.join(["python", *sys.argv]),
         "device": run.machine(mllm.device),
         "rows": {},
@@ -528,22 +560,32 @@ def table(mllm, embedder, options, models):
     return result
 
 
-def warn_of_other_split(adapter, options):
-    """Print a note if an adapter's run held out other concepts than this table."""
-    record = pathlib.Path(adapter).parent / "config.json"
-    if not record.is_file():
-        return
-    settings = run.load_json(record).get("settings")
-    if not settings:
-        return
-    same_seed = settings["seed"] == options.seed
-    same_data = pathlib.Path(settings["data"]) == pathlib.Path(options.data)
-    if not (same_seed and same_data):
+def warn_of_other_split(adapter, benchmark):
+    """Print a note if an adapter's run was trained on concepts that this table tests.
+
+    They are known by their names, which tell of another toy world's as well.
+    """
+    trained = (run_record(adapter).get("concepts") or {}).get("train", [])
+    tested = set()
+    for part in benchmark.parts.values():
+        tested |= {concept.name for concept in part.tested}
+    met = sorted(tested.intersection(trained))
+    if met:
         print(
-            f"note: {adapter} was trained with --seed {settings['seed']} --data "
-            f"{settings['data'] or '(the toy world)'}, so it may have met concepts that this table "
-            "holds out"
+            f"note: {adapter} was trained on {len(met)} concepts of the names that this table "
+            f"tests, such as {met[0]}; give --seed and --train-concepts as its run had them"
         )
+
+
+def show_protocol(options):
+    """Print what --protocol stands for here."""
+    protocol = PROTOCOLS[options.protocol]
+    databases = "a database for each category" if protocol.by_category else "one database"
+    print(
+        f"--protocol {options.protocol}: {databases}; photos of a concept described: "
+        f"{options.references}; kept from the tests, if the folder is not split: {protocol.kept}; "
+        f"seeds: {protocol.seeds}, here {options.seed} (source: {protocol.source})"
+    )
 
 
 def cell(figure, value):
@@ -565,14 +607,20 @@ def lines_of(columns, rows):
 def tables(rows):
     """The rows as people read them.   rows {name: {part: figures}}
 
-    Yields (title, lines), for seen and for unseen categories; the first line is the heading.
+    Yields (title, lines), for each part; the first line is the heading. A row that its own adapter
+    has read says so.
     """
-    for part in ("seen", "unseen"):
-        of_part = {name: row[part] for name, row in rows.items() if row[part]}
+    for part, title in PARTS.items():
+        of_part = {}
+        for name, row in rows.items():
+            figures = row.get(part)
+            if figures:
+                own = ", read with it" if figures["reader"] == "adapter" else ""
+                of_part[name + own] = figures
         if not of_part:
             continue
         counts = next(iter(of_part.values()))["counts"]
-        yield f"{part} categories: {TITLE.format(**counts)}", lines_of(COLUMNS, of_part)
+        yield f"{title}: {TITLE.format(**counts)}", lines_of(COLUMNS, of_part)
         if any(GROUNDING.keys() & figures.keys() for figures in of_part.values()):
             yield GROUNDING_TITLE, lines_of(GROUNDING, of_part)
 
@@ -607,10 +655,32 @@ class Options(AssistantOptions):
         "folder of photos, or a hub dataset such as google/dreambooth; default: the toy world",
         metavar="DIR",
     )
+    protocol: str = option(
+        "",
+        "measure as the published rows of this benchmark were: sets --references, --k and "
+        "--embedder where they are not given, how many photos are kept from the tests, and whether "
+        "each category has a database of its own (protocols.py)",
+        choices=tuple(PROTOCOLS),
+    )
     all: bool = option(
         False,
-        "test every concept, also those that rrg.py trains on: for photos that no adapter here "
-        "was trained on",
+        "test every concept, also those that rrg.py trains on, with one database of all: for "
+        "photos that no adapter here was trained on",
+    )
+    train_concepts: str = option(
+        "",
+        "what rrg.py was given: all other concepts are tested, with one database of them",
+        metavar="N|FILE",
+    )
+    reader: str = option(
+        "",
+        "who reads in an adapter's row: the model without it, or with it; default: with it for "
+        "RePIC and SFT, else without",
+        choices=("base", "adapter"),
+    )
+    show_reference: bool = option(
+        False,
+        "in recognition and questions show the first reference photo beside the description",
     )
     skip_retrieval: bool = option(False, "the right concept is always among the k")
     grounding: bool = option(
@@ -625,9 +695,26 @@ class Options(AssistantOptions):
     )
 
 
+def fill_in(cls, own, given):
+    """All options of a table.   -> cls
+
+    What is given counts before what --protocol sets, and that before the script's `own` defaults.
+    Raises DataError for what cannot be had together.
+    """
+    settings = own | protocol_settings(given.get("protocol", "")) | given
+    options = fill_in_assistant(cls, settings)
+    if options.protocol and not options.data:
+        raise DataError("--protocol is about a benchmark's photos: give --data")
+    if options.show_reference and toy.is_toy(options.model):
+        raise DataError(
+            "--show-reference wants a real --model: the toy model was never shown two photos there"
+        )
+    return options
+
+
 def read_settings(argv=None):
     """The command line.   -> Options"""
-    return fill_in_assistant(Options, run.read_options(Options, __doc__, argv))
+    return fill_in(Options, {}, run.read_options(Options, __doc__, argv))
 
 
 def main(argv=None):

@@ -1,26 +1,134 @@
 """naming.py: how RePIC is measured: do captions call things by the names that they were given?
 
-The model sees reference photos with names, then a photo of one of these concepts, or a scene of two
-or four, and writes a caption. It is measured *with* its adapter on.
+The model is shown a reference picture of each thing, with its name and what is known of it, and
+then the query picture: of one thing, of two or of four. It writes a caption, *with* its adapter on,
+and names are looked for in it. Each model is a row, "base" the one as it came; each row has three
+kinds of references:
 
-Shapes: C concepts in the database, D width of the vectors that are compared.
+    right       exactly the things that are in the picture, in the order of the database: the
+                "skip-retrieval" of RePIC's tables
+    retrieved   the k of the database whose pictures look most like it
+    wrong       as many that are not in the picture, whose names should *not* be used (Table 3)
+
+RePIC's pictures, queries and databases are read as they are distributed (github.com/oyt9306/RePIC;
+its data page says where to get the pictures). --protocol says which of its tables it is:
+
+    python naming.py --model Qwen/Qwen2.5-VL-7B-Instruct --protocol two
+        --queries data/query-image-2-concepts/ --database data/database_tot/database_2_concepts/
+        --adapter runs/repic/adapter --out names.json
+
+The result is a Markdown table on the screen and, with --out, JSON on disk, with every caption.
+Columns:
+
+    precision, recall, F1   of names in captions (see `name_grounding`); of wrong references, too:
+                            their names count there, so less is better
+    in brackets             names that are there as the prompt has them, in angle brackets
+    ceiling                 names that are among the references: recall can hardly be better
+    characters              the mean length of a caption
+
+evaluate.py --grounding measures the same with any folder of photos, and collages of them.
+
+Source: RePIC (arXiv 2506.18369): sections 4 and 4.1, Tables 1 to 4, A.2 and A.3, and its code.
+
+Where it departs from the paper and its research code:
+1. What their system message says stands at the beginning of the user's turn, in our own words.
+2. What is known of a thing is put between quotation marks and loses its angle brackets.
+3. Whole pictures are compared. (Theirs are the boxes that YOLO-World finds; a picture without any
+   has no references.) In a collage each photo is looked up on its own.
+4. Greedy is plain. (Theirs follows the checkpoint, and Qwen2.5-VL's asks for a repetition penalty,
+   which discourages the names that a prompt has.)
+5. The questions are those of Table A.3 everywhere. (In one of them the code says "of" for "for".
+   Its scripts for two and four things have three others, but the captions that were released with
+   them do not.)
+6. The model as it came is asked for the name by one sentence, that of the code. (The captions that
+   were released say "using its given names" for two things, and nothing for four.)
+7. How Table 3's wrong references were chosen is not published. Here they are drawn, and for two and
+   four things as well.
+8. The toy world is asked as in repic.py, the only wordings that its model knows, without what is
+   known of things.
+
+Shapes: P pictures, C references in the database, k retrieved.
 """
 
 import pathlib
 import random
+import shlex
+import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 import run
-from assistant import find_photo, published_form
-from data import PHOTO_SUFFIXES, Photo, natural, read_photo, tag
-from model import Prompt
+from assistant import (
+    Entry,
+    adapt,
+    find_photo,
+    picture_similarity,
+    published_form,
+    read_database,
+)
+from data import PHOTO_SUFFIXES, DataError, Photo, natural, read_photo, tag
+from lora import remove_lora, write_json
+from model import MLLM, PICTURE, Clip, Prompt
 from repic import PROMPTS, collage
 from rrg import picture_side
+from run import option
 
-SCENES = 60  # pictures of one concept, as many of two and of four, for --grounding
+REFERENCES = ("right", "retrieved", "wrong")
+SCENES = 60  # pictures of one thing, as many of two and of four, for evaluate.py --grounding
+DATABASE = "database_mod.json"  # what RePIC's own script reads in the folder of a database
+
+
+# ----------------------------------------------------------------------------------- the protocols
+@dataclass(frozen=True)
+class Protocol:
+    """What RePIC does with one of its sets of pictures."""
+
+    concepts: int  # things that a query is about
+    k: int  # references that are retrieved
+    case_sensitive: bool  # <Bo> is not <bo>
+    source: str
+
+
+SINGLE = Protocol(
+    concepts=1,
+    k=2,
+    case_sensitive=False,
+    source="Tables 1 and 3; caption_eval_single.py, eval_single_concept.py",
+)
+PROTOCOLS = {
+    "myvlm": SINGLE,
+    "yollava": SINGLE,
+    "dreambooth": SINGLE,  # whose queries are all photos there are, so one may be the reference
+    "two": Protocol(
+        concepts=2,
+        k=2,
+        case_sensitive=True,
+        source="Tables 2, 4 and A.2; caption_eval_multi_2.py, eval_multi_2_concept.py",
+    ),
+    "four": Protocol(
+        concepts=4,
+        k=4,
+        case_sensitive=False,
+        source="Table 2; caption_eval_multi_4.py, eval_multi_4_concept.py",
+    ),
+}
+BY_COUNT = {1: SINGLE, 2: PROTOCOLS["two"], 4: PROTOCOLS["four"]}
+
+
+# ---------------------------------------------------------------------------------- what is asked
+INTRODUCTION = (
+    "You write captions. Your task is an accurate caption of the query image. The reference images "
+    "come first, each with what is known of it.\n"
+)
+QUESTIONS = (  # Table A.3, "General Caption Template", word for word
+    "Give a personalized caption of this image.",
+    "Give a caption of the image.",
+    "Can you provide a personalized caption for this photo?",
+    "Provide a caption of the given image.",
+)
+# Stands after a question to the model as it came, word for word as in the code.
+ASK_FOR_NAME = "Output the final answer including its name."
 
 
 # ------------------------------------------------------------------------- how RePIC is measured
@@ -70,9 +178,28 @@ def name_grounding(rows, case_sensitive=False):
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
+def recall_in_brackets(rows, case_sensitive=False):
+    """How many names are in captions as a prompt has them, in angle brackets, wherever they stand.
+
+    rows [(names as they were shown, caption), ...] -> fraction
+    By the rule above a name of several words can never be there, nor one that is shown in another
+    spelling than it counts in: 96 of the 420 names of RePIC's four things.
+    """
+    there = []
+    for names, caption in rows:
+        for name in names:
+            marker = f"<{name}>"
+            if case_sensitive:
+                there.append(marker in caption)
+            else:
+                there.append(marker.lower() in caption.lower())
+    return sum(there) / max(1, len(there))
+
+
+# -------------------------------------------------------------------------- queries and databases
 @dataclass(frozen=True)
 class Query:
-    """A photo of several concepts, and their names."""
+    """A picture, and the names of what is in it."""
 
     photo: Photo
     names: list[str]
@@ -89,7 +216,7 @@ def queries_in_folders(root):
 
 
 def load_queries(path):
-    """Photos that show several concepts, in the two forms they are published in.   -> [Query]
+    """Pictures of one concept or several, in the two forms they are published in.   -> [Query]
 
     A folder of RAP's <A>_and_<B>/ folders, or RePIC's JSON, {path: [name, ...]} or
     {path: [[name, ...], ...]}. Raises DataError for JSON in another form, and for a picture that
@@ -109,23 +236,215 @@ def load_queries(path):
     return queries
 
 
-# ------------------------------------------------------------------ names in captions (--grounding)
-COUNTS = (1, 2, 4)  # concepts in the picture
-REFERENCES = ("right", "retrieved", "wrong")  # how reference photos are chosen
+@dataclass(frozen=True)
+class Reference(Entry):
+    """What is shown of a thing: its first picture, its name and what is known of it."""
+
+    shown: str = ""  # the name as the prompt has it: "Iron Man", of whose name "ironman" counts
 
 
+def load_references(path):
+    """RePIC's database, by its file or its folder.   -> [Reference]
+
+    Raises DataError as `read_database` does.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / DATABASE
+    entries = read_database(file)
+    items = run.load_json(file)["concept_dict"].values()
+    references = []
+    for entry, item in zip(entries, items, strict=True):
+        shown = str(item.get("name") or entry.name).strip("<>")
+        references.append(
+            Reference(entry.name, entry.category, entry.photos, entry.text, shown=shown)
+        )
+    return references
+
+
+def check_queries(queries, references, options):
+    """Raise DataError where queries, database and protocol do not belong together."""
+    if not queries:
+        raise DataError(
+            f"{options.queries} has no pictures; wanted: RePIC's list of them in JSON, or a folder "
+            "of folders <A>_and_<B>/"
+        )
+    count = PROTOCOLS[options.protocol].concepts
+    known = {reference.name for reference in references}
+    for query in queries:
+        if len(query.names) != count:
+            raise DataError(
+                f"--protocol {options.protocol} is for pictures of {count}, but {query.photo.name} "
+                f"has {len(query.names)} names; give another --protocol or other --queries"
+            )
+        for name in query.names:
+            if name not in known:
+                raise DataError(
+                    f"{options.database} does not have {name}, which is in {query.photo.name}; "
+                    "give the --database that belongs to these --queries"
+                )
+
+
+# ------------------------------------------------------------------------------------- the scenes
 @dataclass
-class NamingTest:
-    """A picture of one concept or several, to be captioned with their names."""
+class Scene:
+    """A picture that is to be captioned, and each kind of references that it can be shown with."""
 
     picture: Photo
-    photos: list[Photo]  # those it is made of, one of each concept
-    names: list[str]  # of what is in it
-    others: list[str]  # as many names of what is not in it
+    references: dict[str, list[Reference]]  # {one of REFERENCES: those that are shown, in order}
+
+    def wanted(self, how):
+        """The references whose names are looked for in the caption: of wrong ones their own."""
+        return self.references["wrong" if how == "wrong" else "right"]
 
 
-def draw_naming_test(part, splits, count, number, side, seed):
-    """Picture `number` of `count` concepts; one of several is a collage.   -> NamingTest"""
+def most_alike(embedder, photos, references, k):
+    """The k references whose pictures look most like each photo.   -> {Photo: [Reference] * k}
+
+    embedder: an MLLM, or a Clip. Best first.
+    """
+    similarity = picture_similarity(embedder, photos, references)  # [P, C]
+    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]  # [P, k]
+    alike = {}
+    for photo, places in zip(photos, best.tolist(), strict=True):
+        alike[photo] = [references[place] for place in places]
+    return alike
+
+
+def scenes_of(embedder, queries, references, k, seed):
+    """RePIC's queries with their references.   -> [Scene]
+
+    Of a group photo each query names some. What any of them names is in the picture, so it is no
+    wrong reference. Raises DataError for a picture that shows the whole database.
+    """
+    photos = list(dict.fromkeys(query.photo for query in queries))
+    retrieved = most_alike(embedder, photos, references, k)
+    in_picture = defaultdict(set)  # {Photo: names}
+    for query in queries:
+        in_picture[query.photo] |= set(query.names)
+
+    scenes = []
+    for number, query in enumerate(queries):
+        absent = [each for each in references if each.name not in in_picture[query.photo]]
+        if not absent:
+            raise DataError(
+                f"{query.photo.name} shows everything in the database, so no reference is wrong; "
+                "give the whole --database"
+            )
+        rng = random.Random(f"wrong references {seed} {number}")
+        drawn = rng.sample(absent, min(len(absent), len(query.names)))
+        choice = {
+            "right": [each for each in references if each.name in query.names],
+            "retrieved": retrieved[query.photo],
+            "wrong": [each for each in absent if each in drawn],
+        }
+        scenes.append(Scene(query.photo, choice))
+    return scenes
+
+
+# ------------------------------------------------------------------------------------ one setting
+# The figures, and how the table calls them.
+FIGURES = {
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "recall_in_brackets": "in brackets",
+    "ceiling": "ceiling",
+    "characters": "characters",
+}
+
+
+def message(mllm, references, question):
+    """The text of a prompt, in RePIC's layout, which says where each picture stands.
+
+    1. Name: <bo>, Info: "A dog."
+    """
+    text = INTRODUCTION
+    for number, reference in enumerate(references, start=1):
+        name = mllm.quote(reference.shown).strip('"')  # so that it is no marker either
+        text += f"{PICTURE}{number}. Name: <{name}>"
+        if reference.text:
+            text += f", Info: {mllm.quote(reference.text)}"
+        text += "\n"
+    return f"{text}{PICTURE}This is the query image. {question}"
+
+
+def naming_prompt(mllm, picture, references, number, zero_shot):
+    """What the model is asked about picture `number`: the wordings take turns.   -> Prompt
+
+    This is the place that knows of the toy world, whose photos tell the truth (departure 8).
+    zero_shot: the model as it came is asked, which does not know that names are wanted
+    """
+    photos = [reference.photos[0] for reference in references] + [picture]
+    if photos[0].truth:
+        template = PROMPTS["ict"][number % len(PROMPTS["ict"])]
+        names = ", ".join(f"<{reference.shown}>" for reference in references)
+        return Prompt(photos, template.replace("{text}", names))
+
+    question = QUESTIONS[number % len(QUESTIONS)]
+    if zero_shot:
+        question += " " + ASK_FOR_NAME
+    return Prompt(photos, message(mllm, references, question))
+
+
+def measure(mllm, scenes, how, case_sensitive, zero_shot, max_tokens):
+    """Caption each scene with one kind of references, by the model as it is now.
+
+    -> ({figure: value, see FIGURES}, [what was asked and answered])
+    """
+    prompts = []
+    for number, scene in enumerate(scenes):
+        references = scene.references[how]
+        prompts.append(naming_prompt(mllm, scene.picture, references, number, zero_shot))
+    captions = mllm.greedy(prompts, max_tokens, f"captioning with {how} references")
+
+    rows = []  # (names that count, caption)
+    rows_as_shown = []  # (names as they were shown, caption)
+    among = []  # is a name among the references?
+    records = []
+    for scene, prompt, caption in zip(scenes, prompts, captions, strict=True):
+        references = scene.references[how]
+        wanted = scene.wanted(how)
+        names = [reference.name for reference in wanted]
+        rows.append((names, caption))
+        rows_as_shown.append(([reference.shown for reference in wanted], caption))
+        among += [reference in references for reference in wanted]
+        record = {
+            "picture": scene.picture.name,
+            "names": names,
+            "references": [reference.name for reference in references],
+            "prompt": prompt.text,
+            "caption": caption,
+        }
+        records.append(record)
+    figures = name_grounding(rows, case_sensitive) | {
+        "recall_in_brackets": recall_in_brackets(rows_as_shown, case_sensitive),
+        "ceiling": sum(among) / len(among),
+        "characters": sum(len(caption) for caption in captions) / len(captions),
+    }
+    return figures, records
+
+
+# ----------------------------------------------------------------- any photos (--grounding)
+def references_of(part, splits, info):
+    """The first reference photo of each known concept.   -> {concept name: Reference}
+
+    info {concept name: its description}
+    """
+    references = {}
+    for concept in part.known:
+        name = tag(concept.name).strip("<>")
+        photos = splits[concept.name].references[:1]
+        text = info.get(concept.name, "")
+        references[concept.name] = Reference(name, concept.category, photos, text, shown=name)
+    return references
+
+
+def draw_scene(part, splits, references, alike, count, number, side, seed):
+    """Picture `number` of `count` concepts; one of several is a collage.   -> Scene
+
+    references {concept name: Reference}; alike {test photo: [the Reference most like it]}
+    """
     rng = random.Random(f"scene {seed} {count} {number}")
     names = [concept.name for concept in rng.sample(part.tested, count)]
     photos = [rng.choice(splits[name].tests) for name in names]
@@ -134,80 +453,49 @@ def draw_naming_test(part, splits, count, number, side, seed):
     picture = photos[0]
     if count > 1:
         picture, _ = collage(photos, side, number)
-    return NamingTest(picture, photos, names, others)
+
+    retrieved = []
+    for photo in photos:
+        [reference] = alike[photo]
+        if reference not in retrieved:  # two photos may have the same one
+            retrieved.append(reference)
+    choice = {
+        "right": [references[name] for name in names],
+        "retrieved": retrieved,
+        "wrong": [references[name] for name in others],
+    }
+    return Scene(picture, choice)
 
 
-class ReferencePhotos:
-    """The first reference photo of each known concept, and which of them look like a photo."""
-
-    def __init__(self, embedder, part, splits):
-        self.photos = {}  # {concept name: Photo}
-        for concept in part.known:
-            self.photos[concept.name] = splits[concept.name].references[0]
-        tests = []
-        for concept in part.tested:
-            tests += splits[concept.name].tests
-        self.vectors = embedder.embed([*self.photos.values(), *tests])  # {photo name: [D]}
-        of_references = [self.vectors[photo.name] for photo in self.photos.values()]
-        self.memory = torch.stack(of_references)  # [C, D]
-
-    def most_alike(self, photo):
-        """The name of the concept whose reference photo is most like a test photo."""
-        similarities = self.memory @ self.vectors[photo.name]  # [C]
-        return list(self.photos)[similarities.argmax()]
-
-    def chosen(self, test, how):
-        """The names of the references that a picture is captioned with."""
-        if how == "right":
-            return test.names
-        if how == "wrong":
-            return test.others
-        names = [self.most_alike(photo) for photo in test.photos]
-        return list(dict.fromkeys(names))  # two photos may have the same one
-
-
-def naming_scores(mllm, tests, references, how, max_tokens):
-    """Do captions call concepts by the names that reference photos gave them?
-
-    A wrong reference shows a concept that is not in the picture: its name counts, and should not
-    be there. Each picture has one of the three wordings, in turn.
-    -> {"precision", "recall", "f1"}
-    """
-    prompts = []
-    expected = []
-    for number, test in enumerate(tests):
-        names = references.chosen(test, how)
-        template = PROMPTS["ict"][number % len(PROMPTS["ict"])]
-        text = template.replace("{text}", ", ".join(tag(name) for name in names))
-        photos = [references.photos[name] for name in names]
-        prompts.append(Prompt([*photos, test.picture], text))
-        belong = test.others if how == "wrong" else test.names
-        expected.append([tag(name) for name in belong])
-    captions = mllm.greedy(prompts, max_tokens, "calling by name")
-
-    # Of two names RePIC counts them case-sensitively, of one and of four not.
-    is_pair = len(tests[0].names) == 2
-    return name_grounding(list(zip(expected, captions, strict=True)), case_sensitive=is_pair)
-
-
-def grounding(mllm, embedder, part, splits, options):
+def grounding(mllm, embedder, part, splits, info, zero_shot, options):
     """Does the model, as it is now, call concepts by their names?   (RePIC, tables 1 to 3)
 
-    -> {"names_<count>_<references>_<figure>": fraction}, None where there are too few concepts
+    info {concept name: description}; zero_shot: it is the model as it came
+    -> {"names_<count>_<references>_<figure>": value}, None where there are too few concepts
     """
-    references = ReferencePhotos(embedder, part, splits)
+    references = references_of(part, splits, info)
+    photos = []
+    for concept in part.tested:
+        photos += splits[concept.name].tests
+    alike = most_alike(embedder, photos, list(references.values()), 1)
     side = picture_side(mllm)
+
     figures = {}
-    for count in COUNTS:
-        tests = []
+    for count, protocol in BY_COUNT.items():
+        scenes = []
         if len(part.tested) >= count and len(part.known) >= 2 * count:
             for number in range(SCENES):
-                tests.append(draw_naming_test(part, splits, count, number, side, options.seed))
+                scene = draw_scene(
+                    part, splits, references, alike, count, number, side, options.seed
+                )
+                scenes.append(scene)
         for how in REFERENCES:
-            scores = dict.fromkeys(("precision", "recall", "f1"))
-            if tests:
-                scores = naming_scores(mllm, tests, references, how, options.max_tokens)
-            for figure, value in scores.items():
+            found = dict.fromkeys(FIGURES)
+            if scenes:
+                found, _ = measure(
+                    mllm, scenes, how, protocol.case_sensitive, zero_shot, options.max_tokens
+                )
+            for figure, value in found.items():
                 figures[f"names_{count}_{how}_{figure}"] = value
     return figures
 
@@ -215,7 +503,7 @@ def grounding(mllm, embedder, part, splits, options):
 def grounding_columns():
     """{figure: how the table calls it}"""
     columns = {}
-    for count in COUNTS:
+    for count in BY_COUNT:
         noun = "name" if count == 1 else "names"
         for how in REFERENCES:
             columns[f"names_{count}_{how}_f1"] = f"{count} {noun}, {how}"
@@ -223,3 +511,124 @@ def grounding_columns():
 
 
 GROUNDING = grounding_columns()
+
+
+# ------------------------------------------------------------------------------- the command line
+@dataclass
+class Options:
+    """Every option of this script."""
+
+    model: str = option("", "checkpoint; RePIC's is Qwen/Qwen2.5-VL-7B-Instruct", metavar="DIR")
+    protocol: str = option("", "which of RePIC's sets of pictures", choices=tuple(PROTOCOLS))
+    queries: str = option(
+        "",
+        "the pictures: RePIC's data/query_tot/*.json, or a folder of folders <A>_and_<B>/",
+        metavar="PATH",
+    )
+    database: str = option(
+        "", "the references: the folder in RePIC's data/database_tot/, or a file", metavar="PATH"
+    )
+    adapter: list = option(
+        [],
+        "a run's adapter/, or any PEFT LoRA: a row of the table; may be given several times",
+        metavar="DIR",
+    )
+    k: int = option(2, "references retrieved for a picture; --protocol four: 4", least=1)
+    embedder: str = option(
+        "openai/clip-vit-large-patch14-336",
+        'CLIP that retrieves; "": the model itself; default: openai/clip-vit-large-patch14-336',
+        metavar="CLIP",
+    )
+    seed: int = option(0, "seed by which wrong references are drawn")
+    max_tokens: int = option(1024, "longest caption, in tokens", least=1)
+    max_pixels: int = option(1024 * 28 * 28, "pictures are shrunk to this", least=784)
+    out: str = option("", "write the table and all captions here as JSON", metavar="FILE")
+
+
+def read_settings(argv=None):
+    """The command line.   -> Options"""
+    given = run.read_options(Options, __doc__, argv)
+    for name in ("model", "protocol", "queries", "database"):
+        if not given.get(name):
+            raise DataError(f"give {run.flag(name)}; python naming.py --help has an example")
+    settings = {"k": PROTOCOLS[given["protocol"]].k} | given
+    return run.fill_in(Options, settings, is_toy=False)
+
+
+def caption_row(mllm, name, scenes, options):
+    """Caption all scenes with an adapter on, in three ways.   -> {references: figures, captions}"""
+    adapt(mllm, name)
+    case_sensitive = PROTOCOLS[options.protocol].case_sensitive
+    row = {}
+    for how in REFERENCES:
+        figures, records = measure(
+            mllm, scenes, how, case_sensitive, name == "base", options.max_tokens
+        )
+        row[how] = figures | {"captions": records}
+    remove_lora(mllm.model)
+    return row
+
+
+def table(mllm, embedder, queries, references, options):
+    """A row for base and for each adapter, each written as soon as it is done.
+
+    embedder: the MLLM, or a Clip -> the content of --out, "rows" {name: {references: figures}}
+    """
+    scenes = scenes_of(embedder, queries, references, options.k, options.seed)
+    result = {
+        "protocol": options.protocol,
+        "source": PROTOCOLS[options.protocol].source,
+        "k": options.k,
+        "seed": options.seed,
+        "queries": len(queries),
+        "database": len(references),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": run.machine(mllm.device),
+        "rows": {},
+    }
+    for name in ("base", *options.adapter):
+        if options.out:  # before the first row, too: a file that cannot be written is noticed now
+            write_json(options.out, result)
+        print(f"captioning by {name}")
+        result["rows"][name] = caption_row(mllm, name, scenes, options)
+    if options.out:
+        write_json(options.out, result)
+    return result
+
+
+def cell(figure, value):
+    """One figure in words."""
+    return f"{value:.0f}" if figure == "characters" else f"{value:.1%}"
+
+
+def show(result):
+    """Print the rows as Markdown."""
+    print(
+        f"\n{result['queries']} queries, {result['database']} things in the database, "
+        f"{result['k']} retrieved (RePIC: {result['source']})\n"
+    )
+    heading = ["", "references", *FIGURES.values()]
+    print(f"| {' | '.join(heading)} |")
+    print("|---" * len(heading) + "|")
+    for name, row in result["rows"].items():
+        for how, figures in row.items():
+            cells = [cell(figure, figures[figure]) for figure in FIGURES]
+            print(f"| {' | '.join([name, how, *cells])} |")
+
+
+def main(argv=None):
+    options = read_settings(argv)
+    queries = load_queries(options.queries)
+    references = load_references(options.database)
+    check_queries(queries, references, options)
+
+    mllm = MLLM(options.model, options.max_pixels)
+    for adapter in options.adapter:  # one that does not fit is noticed before the work
+        adapt(mllm, adapter)
+        remove_lora(mllm.model)
+    embedder = Clip(options.embedder, mllm.device) if options.embedder else mllm
+    show(table(mllm, embedder, queries, references, options))
+
+
+if __name__ == "__main__":
+    run.main(main)

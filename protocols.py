@@ -1,17 +1,77 @@
-"""protocols.py: what a benchmark's authors measure with: which photos are described, which are
-tested, and which questions and pairs come with them.
+"""protocols.py: what a benchmark's authors measure with: which concepts and photos are described,
+which are tested, and which questions and pairs come with them.
+
+`evaluate.py --protocol NAME` does as the authors of that benchmark's published rows do. PROTOCOLS
+is the table of what they do, each row with its source:
+
+    python evaluate.py --protocol perva --train-concepts 30 --data perva-data/ --model ...
+    python evaluate.py --protocol yollava --all --data yollava-data/ --model ...
+
+Next to the photos are read, where they are: Yo'LLaVA's questions (yollava-visual-qa.json) and
+RAP's list of recognition pairs (recognition_test.json).
+
+Where it departs from the papers and their research code:
+1. All draws have generators of their own (random.Random of a text with the seed), so that the same
+   seed gives the same photos on every machine, but not those that the authors drew.
+2. A concept of two photos or more has a test: of 5 photos 4 are kept from the tests, not all.
+3. Without --protocol all kept photos are described and there is one database; a concept of a seen
+   category is looked up among those that were trained on, too.
+4. DreamBooth has no published split: here one photo is described and all others are tests. (RePIC
+   tests all photos, and describes one of its own for each thing: naming.py.)
 """
 
 import pathlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import run
+import toy
 from assistant import Question, published_form
-from data import WRAPPERS, Photo, find_folder
+from data import WRAPPERS, Concept, Photo, find_folder, fingerprint
+from rrg import load_world
 
 
+# ----------------------------------------------------------------------------------- the protocols
+@dataclass(frozen=True)
+class Protocol:
+    """What is done with a benchmark's photos. The defaults are the RRG authors' research code's."""
+
+    kept: int = 5  # photos of a concept that are no tests, where the folder is not split
+    described: int = 1  # so many of these, drawn by the seed (--references)
+    by_category: bool = False  # databases, retrieval and pairs to recognise within a category
+    k: int = 3  # descriptions that are retrieved for a photo
+    embedder: str = "openai/clip-vit-large-patch14-336"  # what retrieves them
+    seeds: str = "23, their default, and 42"
+    source: str = "the RRG authors' research code"
+
+
+PROTOCOLS = {
+    # The folders of PerVA and of Yo'LLaVA are split. By category, figures are pooled over all of
+    # them: F1 is the mean over all concepts, recognition is of all pairs.
+    "perva": Protocol(by_category=True),
+    "myvlm": Protocol(),
+    "yollava": Protocol(),
+    "dreambooth": Protocol(kept=1, seeds="none published", source="ours, as no split is published"),
+}
+
+
+def protocol_settings(name):
+    """The options that a protocol sets where they are not given.   -> {field: value}"""
+    if not name:
+        return {}
+    protocol = PROTOCOLS[name]
+    return {"references": protocol.described, "k": protocol.k, "embedder": protocol.embedder}
+
+
+def protocol_of(options):
+    """What --protocol asks for, or what is done without it.   -> Protocol"""
+    if options.protocol:
+        return PROTOCOLS[options.protocol]
+    return Protocol(kept=options.references)
+
+
+# ------------------------------------------------------------------------------ photos of concepts
 @dataclass
 class PhotoSplit:
     """The photos of a concept."""
@@ -20,12 +80,12 @@ class PhotoSplit:
     tests: list[Photo]
 
 
-def split_photos(concept, references, seed):
-    """Draw `references` photos of a concept to be described; others are tests.   -> PhotoSplit
+def split_photos(concept, references, kept, seed):
+    """Draw `references` photos of a concept, which are described, and its tests.   -> PhotoSplit
 
     Where the benchmark is split: references come from "train", and all of "test" are tests. Where
-    it is not, or has only "test": what is not drawn is a test, and a concept of two photos or
-    more always keeps one.
+    it is not, or has only "test": `kept` photos are drawn, references are some of these and tests
+    are all others. A concept of two photos or more always has a test.
     """
     tests = [photo for photo in concept.photos if photo.part == "test"]
     others = [photo for photo in concept.photos if photo.part != "test"]
@@ -35,8 +95,17 @@ def split_photos(concept, references, seed):
         return PhotoSplit(order[:references], tests)
 
     order = rng.sample(concept.photos, len(concept.photos))
-    count = max(1, min(references, len(order) - 1))
-    return PhotoSplit(order[:count], order[count:])
+    kept = max(1, min(kept, len(order) - 1))
+    return PhotoSplit(order[:kept][:references], order[kept:])
+
+
+# ------------------------------------------------------------------------- what is measured with
+@dataclass(frozen=True)
+class Test:
+    """A photo that is put to the assistant, and the name of the concept it shows."""
+
+    photo: Photo
+    concept: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +115,97 @@ class Pair:
     photo: Photo
     concept: str  # the name of the one that is described
     shown: bool  # does the photo show it?
+
+
+@dataclass
+class Part:
+    """One part of the table: concepts that are looked up together, unless it is by category."""
+
+    known: list[Concept]  # those in the database
+    tested: list[Concept]  # those whose photos are put to the assistant
+    tests: list[Test] = field(default_factory=list)
+
+
+@dataclass
+class Benchmark:
+    """All that speakers and databases are measured with."""
+
+    root: pathlib.Path | None  # the folder of photos; None: the toy world
+    concepts: list[Concept]  # of all parts
+    splits: dict[str, PhotoSplit]  # {concept name: its photos}
+    parts: dict[str, Part]  # "seen" and "unseen", or "all"
+    questions: list[Question]  # the benchmark's own
+    pairs: list[Pair]  # the benchmark's own
+
+
+def load_benchmark(mllm, options):
+    """The photos in --data, or the toy world, and what comes with them.   -> Benchmark"""
+    root = find_folder(options.data) if options.data else None
+    concepts, split = load_world(mllm, root, options.seed, options.train_concepts)
+    if options.all:
+        tested = concepts
+        parts = {"all": Part(concepts, concepts)}
+    elif options.train_concepts:
+        tested = split.test
+        parts = {"all": Part(split.test, split.test)}
+    else:
+        tested = concepts
+        parts = {
+            "seen": Part(split.train + split.test, split.test),
+            "unseen": Part(split.unseen, split.unseen),
+        }
+
+    kept = max(protocol_of(options).kept, options.references)
+    splits = {}
+    for concept in tested:
+        splits[concept.name] = split_photos(concept, options.references, kept, options.seed)
+    questions = []
+    pairs = []
+    if root:
+        questions = load_questions(root, concepts)
+        pairs = load_pairs(root, concepts)
+    return Benchmark(root, tested, splits, parts, questions, pairs)
+
+
+def choose_tests(benchmark, used):
+    """Fill in the tests of each part. used: the photos that databases were written from.
+
+    Those are no tests, nor are copies of them: RAP's databases keep pictures of their own.
+    """
+    fingerprints = {fingerprint(photo.load()) for photo in used}
+    for part in benchmark.parts.values():
+        part.tests = []
+        for concept in part.tested:
+            photos = benchmark.splits[concept.name].tests
+            if fingerprints:
+                photos = [p for p in photos if fingerprint(p.load()) not in fingerprints]
+            part.tests += [Test(photo, concept.name) for photo in photos]
+
+
+# ----------------------------------------------------------------------------- pairs and questions
+def all_pairs(tests, entries):
+    """Each test photo with each entry.   -> [Pair]"""
+    pairs = []
+    for test in tests:
+        for entry in entries:
+            pairs.append(Pair(test.photo, entry.name, shown=entry.name == test.concept))
+    return pairs
+
+
+def toy_questions(tests, seed):
+    """Where, how and in what light is it? Three questions about each test photo.   -> [Question]
+
+    No good description answers them: they are answered by looking.
+    """
+    questions = []
+    for test in tests:
+        rng = random.Random(f"questions {seed} {test.photo.name}")
+        for kind in toy.VIEW:
+            quiz = toy.quiz(test.photo.truth, kind, rng)
+            questions.append(
+                Question(test.concept, test.photo, quiz.text, quiz.options, quiz.answer)
+            )
+    return questions
 
 
 def find_json(root, name):

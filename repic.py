@@ -758,19 +758,19 @@ def means_by_kind(kinds, rewards):
 
 
 # --------------------------------------------------------------------------- SFT's given answers
-def given_captions(mllm, tasks, max_tokens):
+def given_captions(mllm, tasks, max_tokens, clauses):
     """The captions that SFT learns, of the tasks' last pictures.   -> texts [B]
 
     In the toy world the truth. Elsewhere what the model with LoRA off says of each photo, in at
     most `max_tokens` tokens, with the name before it.
+    clauses {photo: what was said of it}: those that are known; new ones are added
     """
-    in_order = [named for task in tasks for named in task.shown]
-    photos = list(dict.fromkeys(named.photo for named in in_order))
-    clauses = {}  # {photo: what is said of it, without its name}
-    if not photos[0].truth:
-        prompts = [Prompt([photo], "Give a caption of this picture.") for photo in photos]
+    in_order = [named.photo for task in tasks for named in task.shown]
+    new = [photo for photo in dict.fromkeys(in_order) if photo not in clauses]
+    if new and not new[0].truth:
+        prompts = [Prompt([photo], "Give a caption of this picture.") for photo in new]
         with lora_off(mllm.model):
-            clauses = dict(zip(photos, mllm.greedy(prompts, max_tokens), strict=True))
+            clauses.update(zip(new, mllm.greedy(prompts, max_tokens), strict=True))
 
     captions = []
     for task in tasks:
@@ -794,8 +794,11 @@ def as_completions(mllm, texts):
 
 
 # ---------------------------------------------------------------------------------------- a step
-def train_step(mllm, tasks, optimizer, step, config):
-    """Answer B tasks and learn from them.   -> (metrics, the first task with its answers)"""
+def train_step(mllm, tasks, optimizer, step, config, clauses):
+    """Answer B tasks and learn from them.   -> (metrics, the first task with its answers)
+
+    clauses: what SFT's captions are made of, kept from step to step (`given_captions`)
+    """
     G = config.samples
     N = len(tasks) * G
     # Micro-batches are whole tasks, so that a prompt is read once. (The last may reach beyond N,
@@ -808,15 +811,19 @@ def train_step(mllm, tasks, optimizer, step, config):
 
     def logps(rows):
         """Log-probs [n, C] of the answers in the slice `rows`, under the model as it is now."""
-        return mllm.log_probs(
+        latest = mllm.log_probs(
             prompts[rows.start // G : rows.stop // G], answers.ids[rows], answers.mask[rows]
         )
+        if config.sft:
+            given_logps[rows] = latest.detach()
+        return latest
 
-    # 2. Speak, with LoRA on. SFT is given its answers (departure 10).
+    # 2. Speak, with LoRA on. SFT is given its answers (departure 10), whose log-probs are known
+    # when they are learned.
     if config.sft:
-        answers = as_completions(mllm, given_captions(mllm, tasks, config.max_tokens))
-        with torch.no_grad():
-            answers.logps = torch.cat([logps(rows) for rows in micro_batches])  # [N, C]
+        captions = given_captions(mllm, tasks, config.max_tokens, clauses)
+        answers = as_completions(mllm, captions)
+        given_logps = torch.zeros(answers.ids.shape, device=mllm.device)  # [N, C]
     else:
         seed = config.seed * 1_000_003 + step  # of no other step of any seed
         uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
@@ -857,7 +864,8 @@ def train_step(mllm, tasks, optimizer, step, config):
         max_length=config.max_tokens,
     )
 
-    scores = {"reward": rewards} | answer_columns(answers.mask, answers.logps)
+    answer_logps = given_logps if config.sft else answers.logps
+    scores = {"reward": rewards} | answer_columns(answers.mask, answer_logps)
     rows = answer_rows(tasks[0], answers.texts[:G], scores)
     metrics |= summarise(scores, answers.texts, G)
     # Kinds are not shared equally among processes, so their means are taken over all.
@@ -937,13 +945,15 @@ def train(config, resume=False):
         folder.begin(mllm.device, tasks.split)
         folder.save(state, mllm.model, optimizer)
 
+    clauses = {}  # which SFT learns
     for step in folder.steps(state.step):
         started = time.time()
         lr = learning_rate(step, config)
         optimizer.param_groups[0]["lr"] = lr
 
         todays = games_of_step(tasks.train, step, config.games, config.seed)
-        metrics, example = train_step(mllm, run.my_part(todays), optimizer, step, config)
+        todays = run.my_part(todays)
+        metrics, example = train_step(mllm, todays, optimizer, step, config, clauses)
 
         seconds = time.time() - started
         state.step = step + 1

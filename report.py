@@ -33,7 +33,6 @@ import repic
 import rrg
 import run
 import toy
-from assistant import fill_in_assistant
 from data import DataError, one_line_errors
 from grpo import group_advantages
 from lora import write_text
@@ -450,12 +449,13 @@ def read_settings(argv=None):
         "model": config.model,
         "data": config.data,
         "seed": config.seed,
+        "train_concepts": config.train_concepts,
         "max_pixels": config.max_pixels,
         "out": str(finished.folder / "table.json"),
     }
     if finished.method == "rrg":
         own["embedder"] = config.embedder
-    options = fill_in_assistant(Options, own | given)
+    options = evaluate.fill_in(Options, own, given)
     options.adapter = [str(finished.folder / "adapter"), *options.adapter]
     return options, finished
 

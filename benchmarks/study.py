@@ -6,18 +6,22 @@ README.md and benchmarks/README.md.
     python benchmarks/study.py --tables    # run nothing: the tables, claims and curves of the CSV
 
 A run is the command of its row (ROWS below), with the toy model's settings for the rest, and then
-the table that evaluate.py --grounding makes of its adapter. Each finished run is kept at once as a
-line of benchmarks/study.csv: all figures, and curves as means over twentieths of the run. So the
-study can be stopped at any time, and goes on where it was. Several processes may share the file,
-each with --seeds of its own. (On two cores two of them with OMP_NUM_THREADS=1 get more done than
-one with both.)
+the table that evaluate.py --grounding makes of its adapter. RePIC's and SFT's rows are read with
+their own adapters, and once more by the model without, as "base reads". Each finished run is kept
+at once as a line of benchmarks/study.csv: all figures, and curves as means over twentieths of the
+run. So the study can be stopped at any time, and goes on where it was. Several processes may share
+the file, each with --seeds of its own. (On two cores two of them with OMP_NUM_THREADS=1 get more
+done than one with both.)
 
-Figures are mean ± standard deviation over the seeds. A claim is the difference of two rows, seed
-by seed; it holds if its mean lies more than one standard deviation above 0.
+Figures are mean ± standard deviation over the seeds. Recognition is that among look-alikes of a
+category (evaluate.py). A claim is the difference of two rows, seed by seed; it holds if its mean
+lies more than one standard deviation above 0. Who makes it stands beside it.
 """
 
 import argparse
 import csv
+import dataclasses
+import itertools
 import pathlib
 import re
 import shlex
@@ -37,6 +41,7 @@ import repic  # noqa: E402
 import rrg  # noqa: E402
 import run  # noqa: E402
 from assistant import adapt  # noqa: E402
+from data import DataError  # noqa: E402
 from lora import remove_lora  # noqa: E402
 from model import MLLM  # noqa: E402
 
@@ -67,6 +72,7 @@ class Claim:
     higher: str  # the name of a row
     lower: str
     figure: str
+    source: str = "ours"  # who says so
     at_least: bool = False  # it may also be as high
 
 
@@ -97,11 +103,12 @@ PARTS = ("seen", "unseen")
 CURVES = ("reward", "kl", "oracle")  # columns of metrics.csv
 GAMES = tuple(rrg.HELD_OUT)  # what rrg.py measures in held-out games
 TASKS = tuple(repic.KINDS)  # what repic.py measures in held-out tasks
+READ = ("captioning_f1", "recognition_inside", "vqa")  # figures that depend on who reads
 
 # The table of README.md, of the rows in MAIN: seen and unseen categories in one cell.
 FIRST = [
     Column("caption F1", "captioning_f1"),
-    Column("recognition", "recognition_weighted"),
+    Column("recognition", "recognition_inside"),
     Column("oracle", "oracle"),
     Column("2 names", "names_2_right_f1"),
 ]
@@ -109,8 +116,8 @@ FIRST = [
 SUMMARY = [
     Column("caption F1", "captioning_f1"),
     Column("unseen", "captioning_f1", "unseen"),
-    Column("recognition", "recognition_weighted"),
-    Column("unseen", "recognition_weighted", "unseen"),
+    Column("recognition", "recognition_inside"),
+    Column("unseen", "recognition_inside", "unseen"),
     Column("oracle", "oracle"),
     Column("unseen", "oracle", "unseen"),
     Column("early", "early"),
@@ -121,7 +128,9 @@ SUMMARY = [
 # The two tables of all rows, of seen and of unseen categories.
 COLUMNS = [
     Column("caption F1", "captioning_f1"),
-    Column("recognition", "recognition_weighted"),
+    Column("base reads", "base_reader_captioning_f1"),
+    Column("recognition", "recognition_inside"),
+    Column("base reads", "base_reader_recognition_inside"),
     Column("VQA", "vqa"),
     Column("leakage", "leakage"),
     Column("oracle", "oracle"),
@@ -131,15 +140,39 @@ COLUMNS = [
     Column("2 names, wrong", "names_2_wrong_f1"),
     Column("4 names", "names_4_right_f1"),
 ]
+ABSTRACT = "RRG, abstract"
+NOTE = "third-party note on RRG"
 CLAIMS = [
-    Claim("RRG beats RePIC in recognition", "RRG", "RePIC", "recognition_weighted"),
-    Claim("RRG beats RePIC in captioning", "RRG", "RePIC", "captioning_f1"),
-    Claim("RePIC beats base in recognition", "RePIC", "base", "recognition_weighted"),
+    Claim("RRG beats base in recognition", "RRG", "base", "recognition_inside", NOTE),
+    Claim("RRG beats base in captioning", "RRG", "base", "captioning_f1", NOTE),
+    Claim("RRG beats RePIC in recognition", "RRG", "RePIC", "recognition_inside", ABSTRACT),
+    Claim("RRG beats RePIC in captioning", "RRG", "RePIC", "captioning_f1", ABSTRACT),
+    Claim("RePIC beats base in recognition", "RePIC", "base", "recognition_inside"),
     Claim("RePIC beats base in captioning", "RePIC", "base", "captioning_f1"),
-    Claim("RePIC beats SFT in naming two things", "RePIC", "SFT", "names_2_right_f1"),
-    Claim("SFT beats base in naming two things", "SFT", "base", "names_2_right_f1"),
-    Claim("SFT falls for wrong references more than base", "SFT", "base", "names_2_wrong_f1"),
-    Claim("SFT falls for wrong references more than RePIC", "SFT", "RePIC", "names_2_wrong_f1"),
+    Claim(
+        "RePIC beats SFT in naming two things",
+        "RePIC",
+        "SFT",
+        "names_2_right_f1",
+        "RePIC, Table 2",
+    ),
+    Claim(
+        "SFT beats base in naming two things", "SFT", "base", "names_2_right_f1", "RePIC, Table 2"
+    ),
+    Claim(
+        "SFT falls for a wrong reference more than base",
+        "SFT",
+        "base",
+        "names_1_wrong_f1",
+        "RePIC, Table 3",
+    ),
+    Claim(
+        "SFT falls for a wrong reference more than RePIC",
+        "SFT",
+        "RePIC",
+        "names_1_wrong_f1",
+        "RePIC, Table 3",
+    ),
     Claim(
         "hard negatives beat random ones in hard games", "RRG", "RRG, random negatives", "oracle"
     ),
@@ -147,16 +180,17 @@ CLAIMS = [
         "hard negatives beat random ones in recognition",
         "RRG",
         "RRG, random negatives",
-        "recognition_weighted",
+        "recognition_inside",
     ),
     Claim(
         "the soft-gated reward is at least as good as the binary one",
         "RRG",
         "RRG, binary reward",
         "oracle",
+        NOTE,
         at_least=True,
     ),
-    Claim("RRG leaks less than base", "base", "RRG", "leakage"),
+    Claim("RRG leaks less than base", "base", "RRG", "leakage", ABSTRACT),
     Claim("RRG leaks less than SFT", "SFT", "RRG", "leakage"),
     Claim("RRG leaks less than RePIC", "RePIC", "RRG", "leakage"),
     Claim(
@@ -184,7 +218,13 @@ CLAIMS = [
     Claim(
         "a frozen listener leads to better games", "RRG", "RRG, listener trained along", "oracle"
     ),
-    Claim("RePIC names less without ICT", "RePIC", "RePIC without ICT", "names_1_right_f1"),
+    Claim(
+        "RePIC names two things less without ICT",
+        "RePIC",
+        "RePIC without ICT",
+        "names_2_right_f1",
+        "RePIC, Table 4",
+    ),
 ]
 
 
@@ -246,6 +286,16 @@ def oracle_figures(mllm, speaker, seed):
     return figures
 
 
+def table_figures(mllm, options, speaker):
+    """The row of evaluate.py's table.   -> {figure with its part before it: value}"""
+    of_parts = evaluate.table(mllm, mllm, options, [speaker])["rows"][speaker]
+    figures = {}
+    for part in PARTS:
+        for name in of_parts[part].keys() - {"counts", "reader"}:
+            figures[f"{part}_{name}"] = of_parts[part][name]
+    return figures
+
+
 def measure_row(row, seed, steps, folder):
     """Train one row with one seed, and measure it.   -> its line: {column of the CSV: value}"""
     line = {"row": row.name, "seed": seed, "steps": steps}
@@ -261,11 +311,12 @@ def measure_row(row, seed, steps, folder):
     # What the descriptions are worth to the assistant, and names in captions.
     options = evaluate.read_settings(["--seed", str(seed), "--grounding"])
     mllm = MLLM(options.model, options.max_pixels)
-    table = evaluate.table(mllm, mllm, options, [speaker])["rows"][speaker]
-    for part in PARTS:
-        for name, value in table[part].items():
-            if name != "counts":
-                line[f"{part}_{name}"] = value
+    line |= table_figures(mllm, options, speaker)
+    if evaluate.reader_of(speaker, options) == "adapter":
+        options = dataclasses.replace(options, reader="base", grounding=False)
+        figures = table_figures(mllm, options, speaker)
+        for part, name in itertools.product(PARTS, READ):
+            line[f"{part}_base_reader_{name}"] = figures[f"{part}_{name}"]
 
     # The oracle's verdict, which a run of the game has measured already.
     if "seen_oracle_after" in line:
@@ -292,6 +343,7 @@ def csv_columns():
             columns += [f"{part}_{name}_{when}" for name in GAMES + TASKS]
     for part in PARTS:
         columns += [f"{part}_{name}" for name in evaluate.COLUMNS]
+        columns += [f"{part}_base_reader_{name}" for name in READ]
         columns.append(f"{part}_oracle")
         for name in naming.GROUNDING:  # "names_1_right_f1" and so on
             stem = name.removesuffix("f1")
@@ -321,6 +373,16 @@ def numbers(curve):
     return [float(value) for value in curve.split()]
 
 
+def check_heading(file):
+    """Raise DataError for a CSV that lines of this version do not fit into."""
+    if not file.exists():
+        return
+    with open(file, newline="") as rows:
+        heading = next(csv.reader(rows), None)
+    if heading != csv_columns():
+        raise DataError(f"{file} has other columns than are measured now; move it away")
+
+
 def append_line(file, line):
     """Append a line to the CSV; the first one writes the heading."""
     is_new = not file.exists()
@@ -336,6 +398,7 @@ def append_line(file, line):
 
 def run_missing(file, names, seeds, steps):
     """Run those rows, by their names, that the CSV has no line of yet."""
+    check_heading(file)
     rows = [row for row in ROWS if row.name in names]
     for seed in seeds:
         for row in rows:
@@ -480,11 +543,11 @@ def verdict(claim, gaps):
 def print_claims(study):
     rows = {}
     for claim in CLAIMS:
-        rows[claim.text] = []
+        rows[claim.text] = [claim.source]
         for part in PARTS:
             gaps = study.gaps(claim.higher, claim.lower, f"{part}_{claim.figure}")
             rows[claim.text] += [spread(gaps, "+.1%"), verdict(claim, gaps)]
-    columns = ["difference, seen categories", "", "difference, unseen categories", ""]
+    columns = ["source", "difference, seen categories", "", "difference, unseen categories", ""]
     print_table("claim", columns, rows)
 
 

@@ -9,7 +9,7 @@ import torch
 import assistant
 import toy
 from assistant import ANY_TEXT, YES_OR_NO, Entry
-from data import DataError, Photo
+from data import Concept, DataError, Photo
 from model import MLLM
 from test_data import make_photos
 
@@ -275,6 +275,63 @@ def test_recognition_in_any_company(toy_mllm, monkeypatch):
     assert set(together) == {True, False}
 
 
+def test_a_reference_photo_beside_the_description(toy_mllm, monkeypatch):
+    """With show_reference it is the second of two photos, each in its place; the question is about
+    the first."""
+    entry = Entry("bo", "dog", [Photo("first", None), Photo("second", None)], 'A "red" dog.')
+    new = Photo("new", None)
+    asked = []
+
+    def greedy(prompts, max_tokens, progress):
+        asked.extend(prompts)
+        return ['{"Answer": "A"}' if "<bo>" in prompts[0].text else '{"Answer": "Yes"}']
+
+    monkeypatch.setattr(toy_mllm, "greedy", greedy)
+    assert assistant.recognise(toy_mllm, [(new, entry)], 8, show_reference=True) == [True]
+    question = assistant.Question("bo", new, "Is {} old?", {"A": "Yes", "B": "No"}, "B")
+    entry_of = {"bo": entry}
+    hits = assistant.answer_questions(toy_mllm, [question], entry_of, 8, show_reference=True)
+    assert hits == [False]
+
+    assert [prompt.photos for prompt in asked] == [[new, entry.photos[0]]] * 2
+    for prompt in asked:
+        head, between, tail = prompt.text.split("<image>")
+        assert head == "Photo 1, which the question is about: "
+        assert between == "\nPhoto 2, of the thing that is described here: "
+        assert tail.startswith("\nSomebody described")
+        assert "\"A 'red' dog.\"" in tail
+        assert "this photo" not in tail
+        assert "the photo" not in tail
+    assert "Is the main subject of photo 1 that very thing?" in asked[0].text
+    assert "<bo>: \"A 'red' dog.\"\nIs <bo> old?\nA. Yes\nB. No" in asked[1].text
+
+
+def test_two_photos_are_read(byte_folder):
+    """A real model's tokenizer and picture processor take the prompt with a reference photo."""
+    mllm = MLLM(str(byte_folder), 12544)
+    photos = [concept.photos[0] for concept in toy.world(4, 64, 1, 2)[:2]]
+    entry = Entry("bo", "dog", photos[1:], "A dog.")
+    assert assistant.recognise(mllm, [(photos[0], entry)], 3, show_reference=True) == [None]
+
+
+def test_the_speaker_is_given_the_category_where_it_is_known(toy_mllm, monkeypatch):
+    asked = []
+
+    def greedy(prompts, max_tokens, progress):
+        asked.extend(prompts)
+        return [f"<coarse>{prompt.photos[0].name}</coarse>" for prompt in prompts]
+
+    monkeypatch.setattr(toy_mllm, "greedy", greedy)
+    bo = Concept("bo", "dog", [Photo("1", None), Photo("2", None)])
+    mug = Concept("mug", "object", [Photo("3", None)])
+    entries = assistant.describe(toy_mllm, [bo, mug], 8)
+    starts = [prompt.text.split(" so that")[0] for prompt in asked]
+    assert starts[:2] == ["Describe the dog in this photo"] * 2
+    assert starts[2] == "Describe the main subject of this photo"
+    assert [entry.text for entry in entries] == ["1 2", "3"]
+    assert all(entry.malformed for entry in entries)
+
+
 # ------------------------------------------------------------------------------ the command line
 @pytest.fixture
 def things(tmp_path):
@@ -351,7 +408,9 @@ def test_errors_are_one_line(arguments, message, things):
         assistant.main([str(folder / "new.png"), *arguments])
 
 
-def test_the_toy_model_has_a_smaller_default():
-    assert assistant.read_settings(["x.png", "--photos", "y"]).max_pixels == 20736
+def test_the_toy_model_has_smaller_defaults():
+    options = assistant.read_settings(["x.png", "--photos", "y"])
+    assert (options.max_pixels, options.max_tokens) == (20736, 128)
     real = ["x.png", "--photos", "y", "--model", "Qwen/Qwen2-VL-2B-Instruct"]
-    assert assistant.read_settings(real).max_pixels == 401408
+    options = assistant.read_settings(real)
+    assert (options.max_pixels, options.max_tokens) == (401408, 256)

@@ -10,14 +10,16 @@ import pytest
 from PIL import Image
 
 import evaluate
+import protocols
 import toy
-from assistant import Entry, describe
-from data import DataError, Photo
+from assistant import LETTERS, Caption, Entry, Retrieved, describe
+from data import Concept, DataError, Photo
 from evaluate import Choice, Judgement
-from lora import add_lora, save_adapter
-from model import MLLM
-from protocols import Pair
+from lora import add_lora, lora_layers, save_adapter
+from model import MLLM, Prompt
+from protocols import Benchmark, Pair, Part, load_benchmark, toy_questions
 from test_assistant import know_every_word, perfect_entry
+from test_data import make_photos
 
 WORLD = toy.world  # which some tests replace
 
@@ -44,14 +46,14 @@ def all_but_first(concepts):
     """All photos but the first of each concept."""
     tests = []
     for concept in concepts:
-        tests += [evaluate.Test(photo, concept.name) for photo in concept.photos[1:]]
+        tests += [protocols.Test(photo, concept.name) for photo in concept.photos[1:]]
     return tests
 
 
 def examine(mllm, concepts, entries, **given):
     """The figures of a toy world."""
     tests = all_but_first(concepts)
-    questions = evaluate.toy_questions(tests, 0)
+    questions = toy_questions(tests, 0)
     return evaluate.examine(mllm, mllm, entries, tests, questions, [], options_of(**given))
 
 
@@ -112,23 +114,6 @@ def test_captioning_by_hand():
     assert captioning([("a", "a"), ("b", "b")]) == (1, 1, 1)
     assert captioning([("a", None)]) == (0, 0, 0)
     assert captioning([]) == (None, None, None)
-
-
-# ------------------------------------------------------------------------- what is measured with
-def test_toy_questions_ask_for_what_a_good_description_leaves_out():
-    tests = all_but_first(small_world())
-    questions = evaluate.toy_questions(tests, 0)
-    assert len(questions) == 3 * len(tests)
-    assert {question.answer for question in questions} == {"A", "B"}
-    for question in questions:
-        wrong = "B" if question.answer == "A" else "A"
-        [(kind, word)] = toy.claims(question.options[question.answer])
-        [(_, other)] = toy.claims(question.options[wrong])
-        assert kind in toy.VIEW
-        assert question.photo.truth[kind] == word
-        assert other != word
-    assert questions == evaluate.toy_questions(tests, 0)
-    assert questions != evaluate.toy_questions(tests, 1)
 
 
 # ------------------------------------------------------------------------- a small toy world
@@ -200,15 +185,35 @@ def test_a_benchmarks_own_pairs_count_where_they_are_about_the_tests(toy_mllm, m
     ]
     asked = []
 
-    def recognise(mllm, pairs, max_tokens):
+    def recognise(mllm, pairs, max_tokens, show_reference):
         asked.extend(pairs)
         return [True, None]
 
     monkeypatch.setattr(evaluate, "recognise", recognise)
-    found = evaluate.judge(toy_mllm, entries, tests, pairs, 64)
+    found = evaluate.judge(toy_mllm, entries, tests, pairs, options_of())
     assert asked == [(first, entries[0]), (second, entries[2])]
     same = concepts[1].category == concepts[2].category
     assert found == [Judgement(True, True, True), Judgement(False, None, same)]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_reference_photo_is_shown_in_two_tasks_where_it_is_wanted(wanted, toy_mllm, monkeypatch):
+    concepts = small_world(concepts=1, views=2)[:2]
+    entries = [perfect_entry(concept) for concept in concepts]
+    shown = []
+
+    def recognise(mllm, pairs, max_tokens, show_reference):
+        shown.append(show_reference)
+        return [True] * len(pairs)
+
+    def answer_questions(mllm, questions, entry_of, max_tokens, show_reference):
+        shown.append(show_reference)
+        return [True] * len(questions)
+
+    monkeypatch.setattr(evaluate, "recognise", recognise)
+    monkeypatch.setattr(evaluate, "answer_questions", answer_questions)
+    examine(toy_mllm, concepts, entries, show_reference=wanted)
+    assert shown == [wanted, wanted]
 
 
 def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
@@ -271,7 +276,7 @@ def base_table(tmp_path_factory):
 
 def test_a_bare_adapter_gives_the_row_of_base(base_table):
     content = json.loads((base_table / "table.json").read_text())
-    assert list(content) == ["seed", "command", "device", "rows"]
+    assert list(content) == ["seed", "protocol", "command", "device", "rows"]
     assert content["seed"] == 0
     base, bare = content["rows"].values()
     assert list(content["rows"]) == ["base", str(base_table / "adapter")]
@@ -296,6 +301,8 @@ def test_the_json_of_a_table(base_table):
 def test_a_table_is_printed_as_markdown(base_table):
     printed = (base_table / "printed.txt").read_text()
     assert "evaluating base" in printed
+    assert "no row `refined`" in printed
+    assert "| recognition | all pairs | positive | negative | across |" in printed
     assert printed.count("| base |") == 2
     assert printed.count("|  | caption F1 | precision |") == 2
     assert printed.count("\nseen categories: 2 test photos of 2 concepts") == 1
@@ -323,6 +330,14 @@ def test_a_database_must_describe_every_concept(tmp_path):
     concepts = small_world(concepts=1)
     with pytest.raises(DataError, match="describes 1 concepts, but not 10 of the 10 here"):
         evaluate.database_row(str(tmp_path / "x.json"), concepts)
+
+
+def test_a_database_has_the_categories_that_are_known_here(tmp_path):
+    """Look-alikes are those of a category, whatever a database calls it or does not."""
+    make_photos(tmp_path, ["bo.png"])
+    (tmp_path / "x.json").write_text('{"concept_dict": {"<bo>": {"image": "bo.png"}}}')
+    row = evaluate.database_row(str(tmp_path / "x.json"), [Concept("bo", "dog", [])])
+    assert [entry.category for entry in row.entries] == ["dog"]
 
 
 @pytest.mark.parametrize("where", ["p", "copies"])
@@ -361,17 +376,263 @@ def test_what_a_database_was_written_from_is_no_test(where, random_folder, tmp_p
     assert tested == {"2.png"}
 
 
-def test_an_adapter_that_met_other_concepts_is_noted(tmp_path, capsys):
+def test_an_adapter_that_met_what_is_tested_is_noted(tmp_path, capsys):
     adapter = tmp_path / "adapter"
-    evaluate.warn_of_other_split(adapter, options_of())
-    (tmp_path / "config.json").write_text('{"model_type": "some model\'s own"}')
-    evaluate.warn_of_other_split(adapter, options_of())
-    (tmp_path / "config.json").write_text('{"settings": {"seed": 3, "data": ""}}')
-    evaluate.warn_of_other_split(adapter, options_of(seed=3))
+    bo, rex = Concept("bo", "dog", []), Concept("rex", "dog", [])
+    parts = {"seen": Part([bo, rex], [rex]), "unseen": Part([], [])}
+    benchmark = Benchmark(None, [bo, rex], {}, parts, [], [])
+
+    evaluate.warn_of_other_split(adapter, benchmark)  # no run
+    for record in (
+        {"model_type": "some model's own"},
+        {"concepts": None},
+        {"concepts": {"train": ["bo", "mam"], "test": ["rex"], "unseen": []}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        evaluate.warn_of_other_split(adapter, benchmark)
     assert not capsys.readouterr().out
 
-    evaluate.warn_of_other_split(adapter, options_of())
-    assert "--seed 3 --data (the toy world), so it may have met" in capsys.readouterr().out
+    parts["unseen"].tested.append(bo)
+    evaluate.warn_of_other_split(adapter, benchmark)
+    expected = (
+        "was trained on 1 concepts of the names that this table tests, such as bo; give --seed"
+    )
+    assert expected in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- a published row
+PERVA = ["mug/aaa", "mug/bbb", "bowl/ccc", "bowl/ddd", "bowl/eee"]
+
+
+@pytest.fixture
+def perva(tmp_path):
+    """A folder as PerVA's: two mugs and three bowls, with two photos each in both parts."""
+    names = []
+    for concept in PERVA:
+        for part in ("train", "test"):
+            names += [f"perva-data/{part}/{concept}/{number}.jpg" for number in (1, 2)]
+    return make_photos(tmp_path / "root", names)
+
+
+@pytest.fixture
+def simple_reader(monkeypatch):
+    """In the place of the assistant: the first k entries are retrieved, of which the last is
+    chosen; aaa and ccc are recognised in every photo."""
+
+    def retrieve(embedder, photos, entries, k):
+        found = [Retrieved(entry, 0.0, 0.0, 0.0) for entry in entries]
+        return [found[:k]] * len(photos)
+
+    def caption(mllm, photos, candidates, max_tokens, seed):
+        captions = []
+        for of_photo in candidates:
+            letter = LETTERS[len(of_photo) - 1]
+            captions.append(Caption(of_photo, {"Answer": letter, "Caption": "It."}, ""))
+        return captions
+
+    def recognise(mllm, pairs, max_tokens, show_reference):
+        return [entry.name in ("aaa", "ccc") for _, entry in pairs]
+
+    monkeypatch.setattr(evaluate, "retrieve", retrieve)
+    monkeypatch.setattr(evaluate, "caption", caption)
+    monkeypatch.setattr(evaluate, "recognise", recognise)
+
+
+def perva_figures(mllm, root, **given):
+    """The figures of the one part of a PerVA."""
+    given = protocols.protocol_settings(given.get("protocol", "")) | given
+    options = options_of(data=str(root), all=True, **given)
+    benchmark = load_benchmark(mllm, options)
+    protocols.choose_tests(benchmark, [])
+    assert list(benchmark.parts) == ["all"]
+    entries = []
+    for concept in benchmark.concepts:
+        photos = benchmark.splits[concept.name].references
+        assert len(photos) == options.references
+        assert {photo.part for photo in photos} == {"train"}
+        entries.append(Entry(concept.name, concept.category, photos, "A thing."))
+    tests = benchmark.parts["all"].tests
+    return evaluate.examine(mllm, mllm, entries, tests, [], [], options)
+
+
+def no_leaks(mllm, entries, max_tokens):
+    return evaluate.Leakage(None, 0)
+
+
+def test_by_category_figures_are_pooled(perva, simple_reader, random_mllm, monkeypatch):
+    """PerVA's protocol. With a database for each category bbb and eee are always chosen; in one
+    database of all it is ccc."""
+    monkeypatch.setattr(evaluate, "leakage", no_leaks)
+    figures = perva_figures(random_mllm, perva, protocol="perva")
+    f1_bbb = 2 * 2 / (2 + 4)  # picked for all 4 photos of mugs, of which 2 are right
+    f1_eee = 2 * 2 / (2 + 6)
+    assert figures["captioning_f1"] == pytest.approx((f1_bbb + f1_eee) / 5)
+    assert figures["retrieval_ceiling"] == 1
+    assert figures["recognition_positive"] == 4 / 10
+    # Of 16 negatives aaa is taken for bbb twice, and ccc for ddd and eee four times.
+    assert figures["recognition_negative"] == 10 / 16
+    assert figures["recognition_inside"] == figures["recognition_weighted"]
+    assert figures["recognition_inside"] == pytest.approx((4 / 10 + 10 / 16) / 2)
+    assert figures["recognition_across"] is None
+    assert figures["counts"]["pairs"] == 4 * 2 + 6 * 3
+    assert figures["counts"]["database"] == 5
+
+    figures = perva_figures(random_mllm, perva)
+    assert figures["captioning_f1"] == pytest.approx(2 * 2 / (2 + 10) / 5)
+    assert figures["retrieval_ceiling"] == 6 / 10
+    assert figures["recognition_negative"] == 24 / 40
+    assert figures["recognition_inside"] == pytest.approx((4 / 10 + 10 / 16) / 2)
+    assert figures["recognition_across"] == pytest.approx((4 / 10 + 14 / 24) / 2)
+    assert figures["counts"]["pairs"] == 10 * 5
+
+
+def no_figures(*arguments):
+    """Stands for `examine` where its figures are of no interest."""
+    counts = dict.fromkeys(("photos", "concepts", "database", "pairs", "questions"), 0)
+    return dict.fromkeys(evaluate.COLUMNS, 0.0) | {"counts": counts}
+
+
+def test_refined_descriptions_are_a_row_after_base(perva, byte_folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    command = ["--model", str(byte_folder), "--data", str(perva), "--all", "--max-tokens", "3"]
+    out = perva / "t.json"
+    evaluate.main([*command, "--max-pixels", "12544", "--out", str(out)])
+    rows = read_table(out)
+    assert list(rows) == ["base", "refined"]
+    assert list(rows["refined"]) == ["all"]
+    printed = capsys.readouterr().out
+    assert printed.count("| refined |") == 1
+    assert "\nall together: 0 test photos" in printed
+
+
+def test_the_protocol_is_said(perva, byte_folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    monkeypatch.setattr(evaluate, "Clip", FakeClip)
+    command = ["--model", str(byte_folder), "--data", str(perva), "--protocol", "perva"]
+    out = perva / "t.json"
+    more = ["--train-concepts", "2", "--max-tokens", "3", "--max-pixels", "12544"]
+    evaluate.main([*command, *more, "--seed", "42", "--out", str(out)])
+    assert json.loads(out.read_text())["protocol"] == "perva"
+    printed = capsys.readouterr().out
+    assert "--protocol perva: a database for each category; photos of a concept desc" in printed
+    assert "described: 1; kept from the tests, if the folder is not split: 5; seeds: 23" in printed
+    remembered = json.loads((perva / "t-refined-database.json").read_text())
+    assert len(remembered["concept_dict"]) == 3
+
+
+class FakeClip:
+    def __init__(self, name, device):
+        assert name == "openai/clip-vit-large-patch14-336"
+
+
+# ------------------------------------------------------------------------------- the refined row
+def test_refining_reads_words_alone(toy_mllm, monkeypatch):
+    entries = []
+    for name, text in (("a", 'A mug "Bo" on grass.'), ("b", "A mug."), ("c", "A cup.")):
+        entries.append(Entry(name, "cup", [Photo(name, None)], text, malformed=True))
+    asked = []
+
+    def greedy(prompts, max_tokens, progress):
+        asked.extend(prompts)
+        return ['"A mug\n called Bo."', " ", "A cup."]
+
+    monkeypatch.setattr(toy_mllm, "greedy", greedy)
+    refined = evaluate.refine(toy_mllm, entries, 32)
+    assert [entry.text for entry in refined] == ["A mug called Bo.", "", "A cup."]
+    assert [entry.malformed for entry in refined] == [False, True, False]
+    assert [entry.photos for entry in refined] == [entry.photos for entry in entries]
+    quoted = "\"A mug 'Bo' on grass.\""
+    assert asked[0] == Prompt([], evaluate.REFINE.replace("{text}", quoted))
+    assert asked[0].text.startswith(f"This is how somebody described a thing of theirs: {quoted}\n")
+
+
+# --------------------------------------------------------------------------------------- who reads
+def has_adapter_on(mllm):
+    return any(layer.enabled for layer in lora_layers(mllm.model).values())
+
+
+@pytest.mark.parametrize(
+    "method, reader, read_with_it",
+    [
+        ("repic", "", True),
+        ("sft", "", True),
+        ("rrg", "", False),
+        (None, "", False),
+        ("repic", "base", False),
+        ("rrg", "adapter", True),
+    ],
+)
+def test_who_reads(method, reader, read_with_it, toy_adapter, tmp_path, monkeypatch):
+    """An adapter is on while it describes, and while its row is read if it is the reader; never in
+    retrieval, nor for the judge of leakage."""
+    shrink_world(monkeypatch, concepts=2)
+    shutil.copytree(toy_adapter, tmp_path / "adapter")
+    if method:
+        (tmp_path / "config.json").write_text(json.dumps({"method": method}))
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    on = {}  # {task: whether an adapter was on, each time}
+
+    def watch(name):
+        task = getattr(evaluate, name)
+
+        def watched(*arguments):
+            on.setdefault(name, []).append(has_adapter_on(mllm))
+            return task(*arguments)
+
+        monkeypatch.setattr(evaluate, name, watched)
+
+    reading = ("caption", "recognise", "answer_questions")
+    for name in ("describe", "retrieve", "leakage", *reading):
+        watch(name)
+    options = options_of(reader=reader, max_tokens=3)
+    rows = evaluate.table(mllm, mllm, options, ["base", str(tmp_path / "adapter")])["rows"]
+
+    assert on["describe"] == [False, True]
+    for name in reading:  # base and the adapter, of seen and of unseen categories
+        assert on[name] == [False, False, read_with_it, read_with_it]
+    assert on["retrieve"] == on["leakage"] == [False] * 4
+    assert not lora_layers(mllm.model)
+
+    base, adapter = rows.values()
+    assert base["seen"]["reader"] == "base"
+    assert adapter["unseen"]["reader"] == ("adapter" if read_with_it else "base")
+    _, lines = next(evaluate.tables(rows))
+    assert lines[2][0] == str(tmp_path / "adapter") + ", read with it" * read_with_it
+
+
+@pytest.fixture(scope="module")
+def toy_adapter(tmp_path_factory):
+    """An adapter of the toy model whose B is large."""
+    folder = tmp_path_factory.mktemp("large") / "adapter"
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    add_lora(mllm.model, 2, 4)
+    for layer in lora_layers(mllm.model).values():
+        layer.lora_B.weight.data += 1.0
+    save_adapter(mllm.model, folder)
+    return folder
+
+
+def test_names_in_captions_are_asked_with_the_rows_own_descriptions(
+    toy_adapter, monkeypatch, tmp_path
+):
+    shrink_world(monkeypatch, concepts=2)
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    asked = []
+
+    def grounding(mllm, embedder, part, splits, info, zero_shot, options):
+        asked.append((info, zero_shot, has_adapter_on(mllm)))
+        return {"names_1_right_f1": 0.5}
+
+    monkeypatch.setattr(evaluate, "grounding", grounding)
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    options = options_of(grounding=True, max_tokens=3, out=str(tmp_path / "t.json"))
+    rows = evaluate.table(mllm, mllm, options, ["base", str(toy_adapter)])["rows"]
+    assert [row[1:] for row in asked] == [(True, False)] * 2 + [(False, True)] * 2
+    assert rows["base"]["unseen"]["names_1_right_f1"] == 0.5
+    written = json.loads((tmp_path / "t-base-database.json").read_text())["concept_dict"]
+    texts = {name.strip("<>"): item["info"] for name, item in written.items()}
+    assert asked[0][0] == asked[1][0] == texts
+    assert asked[2][0] != texts
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -388,9 +649,21 @@ def test_options_are_read(tmp_path):
     assert evaluate.read_settings(["--model", str(tmp_path)]).max_pixels == 401408
 
 
+def test_a_protocol_sets_what_is_not_given():
+    command = ["--data", "x", "--model", "y", "--protocol", "myvlm"]
+    options = evaluate.read_settings(command)
+    assert (options.references, options.k) == (1, 3)
+    assert options.embedder == "openai/clip-vit-large-patch14-336"
+    options = evaluate.read_settings([*command, "--references", "2", "--embedder", ""])
+    assert (options.references, options.embedder) == (2, "")
+    assert evaluate.read_settings(["--data", "x", "--model", "y"]).embedder == ""
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--protocol", "perva"], "--protocol is about a benchmark's photos: give --data"),
+        (["--show-reference"], "--show-reference wants a real --model"),
         (["--k", "1"], "--k must be at least 2"),
         (["--k", "27"], "--k must be at most 26"),
         (["--references", "0"], "--references must be at least 1"),

@@ -4,49 +4,151 @@ import json
 
 import pytest
 
+import evaluate
 import protocols
+import toy
 from data import Concept, DataError, Photo, load_concepts
 from protocols import Pair
 from test_data import make_photos
 
 
-# ------------------------------------------------------------------------- what is measured with
-def test_references_are_drawn_by_the_seed(tmp_path):
-    """MyVLM's protocol: 4 references, 5 seeds, the rest are tests."""
-    make_photos(tmp_path, [f"bull/IMG_{i}.jpg" for i in range(9)])
-    [concept] = load_concepts(tmp_path)
-    splits = [protocols.split_photos(concept, 4, seed) for seed in range(5)]
+# ------------------------------------------------------------------------------ photos of concepts
+def loose_photos(count):
+    return [Photo(f"rex/{i}.jpg", None) for i in range(count)]
+
+
+def test_references_are_drawn_by_the_seed():
+    """Of 9 photos 5 are kept from the tests, and 2 of these are described."""
+    concept = Concept("rex", "dog", loose_photos(9))
+    splits = [protocols.split_photos(concept, 2, 5, seed) for seed in range(5)]
     drawn = set()
     for split in splits:
-        assert len(split.references) == 4
-        assert len(split.tests) == 5
-        assert {*split.references, *split.tests} == set(concept.photos)
+        assert len(split.references) == 2
+        assert len(split.tests) == 4
+        assert not set(split.references) & set(split.tests)
         drawn.add(tuple(photo.name for photo in split.references))
     assert len(drawn) == 5
-    assert splits[2] == protocols.split_photos(concept, 4, 2)
+    assert splits[2] == protocols.split_photos(concept, 2, 5, 2)
+
+    # Who is described changes nothing of the tests.
+    assert protocols.split_photos(concept, 1, 5, 2).tests == splits[2].tests
+    assert protocols.split_photos(concept, 1, 5, 2).references == splits[2].references[:1]
 
 
 @pytest.mark.parametrize(
-    "train, test, loose, references, expected",
+    "train, test, loose, references, kept, expected",
     [
-        (0, 0, 4, 5, (3, 1)),  # DreamBooth has concepts of 4: one photo is left for the test
-        (0, 0, 2, 1, (1, 1)),
-        (0, 0, 1, 1, (1, 0)),
-        (8, 3, 0, 5, (5, 3)),  # PerVA
-        (2, 3, 0, 5, (2, 3)),  # three of its concepts have fewer
-        (0, 3, 0, 1, (1, 2)),  # RePIC's copies have tests only
+        (0, 0, 10, 1, 5, (1, 5)),  # MyVLM
+        (0, 0, 5, 1, 5, (1, 1)),  # 4 are kept, since one is left for the test
+        (0, 0, 4, 1, 1, (1, 3)),  # DreamBooth has concepts of 4
+        (0, 0, 4, 5, 5, (3, 1)),
+        (0, 0, 2, 1, 1, (1, 1)),
+        (0, 0, 1, 1, 1, (1, 0)),
+        (8, 3, 0, 1, 5, (1, 3)),  # PerVA
+        (8, 3, 0, 5, 5, (5, 3)),
+        (2, 3, 0, 5, 5, (2, 3)),  # three of its concepts have fewer
+        (0, 3, 0, 1, 1, (1, 2)),  # RePIC's copies have tests only
     ],
 )
-def test_references_and_tests(train, test, loose, references, expected):
-    photos = []
-    for part, count in (("train", train), ("test", test), ("", loose)):
+def test_references_and_tests(train, test, loose, references, kept, expected):
+    photos = loose_photos(loose)
+    for part, count in (("train", train), ("test", test)):
         photos += [Photo(f"{part}/rex/{i}.jpg", None, part=part) for i in range(count)]
-    split = protocols.split_photos(Concept("rex", "dog", photos), references, 0)
+    split = protocols.split_photos(Concept("rex", "dog", photos), references, kept, 0)
     assert (len(split.references), len(split.tests)) == expected
     assert not set(split.references) & set(split.tests)
     if train:
         assert {photo.part for photo in split.references} == {"train"}
         assert {photo.part for photo in split.tests} == {"test"}
+
+
+# ----------------------------------------------------------------------------------- the protocols
+def settings(**given):
+    given = protocols.protocol_settings(given.get("protocol", "")) | given
+    return evaluate.fill_in_assistant(evaluate.Options, given)
+
+
+def names(concepts):
+    return {concept.name for concept in concepts}
+
+
+@pytest.fixture
+def myvlm(tmp_path):
+    """A folder as MyVLM's: six things with seven photos each."""
+    things = ("bull", "cat", "cup", "owl", "pig", "rex")
+    photos = []
+    for thing in things:
+        photos += [f"{thing}/{i}.jpg" for i in range(7)]
+    return make_photos(tmp_path, photos)
+
+
+@pytest.mark.parametrize(
+    "given, references, tests",
+    [
+        ({"protocol": "myvlm"}, 1, 2),
+        ({"protocol": "myvlm", "references": 3}, 3, 2),
+        ({"protocol": "myvlm", "references": 6}, 6, 1),
+        ({"protocol": "dreambooth"}, 1, 6),
+        ({}, 1, 6),
+        ({"references": 4}, 4, 3),
+    ],
+)
+def test_how_many_photos_are_described_and_tested(myvlm, given, references, tests):
+    benchmark = protocols.load_benchmark(None, settings(data=str(myvlm), all=True, **given))
+    for split in benchmark.splits.values():
+        assert (len(split.references), len(split.tests)) == (references, tests)
+
+
+def test_the_parts_of_a_table(myvlm):
+    """Two as rrg.py splits them, or one of all, or one of all that were not trained on."""
+    everything = names(load_concepts(myvlm))
+    benchmark = protocols.load_benchmark(None, settings(data=str(myvlm)))
+    assert list(benchmark.parts) == ["seen", "unseen"]
+    assert names(benchmark.parts["seen"].known) == everything  # all are of the category "object"
+    assert len(benchmark.parts["seen"].tested) == 1
+
+    benchmark = protocols.load_benchmark(None, settings(data=str(myvlm), all=True))
+    assert list(benchmark.parts) == ["all"]
+    assert names(benchmark.parts["all"].known) == everything
+    assert names(benchmark.parts["all"].tested) == everything
+
+    (myvlm / "trained.txt").write_text("owl\ncat\n")
+    trained = str(myvlm / "trained.txt")
+    benchmark = protocols.load_benchmark(None, settings(data=str(myvlm), train_concepts=trained))
+    assert list(benchmark.parts) == ["all"]
+    others = {"bull", "cup", "pig", "rex"}
+    assert names(benchmark.parts["all"].known) == others
+    assert names(benchmark.parts["all"].tested) == others
+    assert names(benchmark.concepts) == benchmark.splits.keys() == others
+
+    options = settings(data=str(myvlm), train_concepts=trained, all=True)
+    assert names(protocols.load_benchmark(None, options).concepts) == everything
+
+
+def test_every_protocol_says_where_it_is_from():
+    assert set(protocols.PROTOCOLS) == {"perva", "myvlm", "yollava", "dreambooth"}
+    by_category = [name for name, row in protocols.PROTOCOLS.items() if row.by_category]
+    assert by_category == ["perva"]
+    assert all(row.source and row.seeds for row in protocols.PROTOCOLS.values())
+
+
+# ------------------------------------------------------------------------------ pairs and questions
+def test_toy_questions_ask_for_what_a_good_description_leaves_out():
+    tests = []
+    for concept in toy.world(0, 64, 4, 3):
+        tests += [protocols.Test(photo, concept.name) for photo in concept.photos[1:]]
+    questions = protocols.toy_questions(tests, 0)
+    assert len(questions) == 3 * len(tests)
+    assert {question.answer for question in questions} == {"A", "B"}
+    for question in questions:
+        wrong = "B" if question.answer == "A" else "A"
+        [(kind, word)] = toy.claims(question.options[question.answer])
+        [(_, other)] = toy.claims(question.options[wrong])
+        assert kind in toy.VIEW
+        assert question.photo.truth[kind] == word
+        assert other != word
+    assert questions == protocols.toy_questions(tests, 0)
+    assert questions != protocols.toy_questions(tests, 1)
 
 
 ITEM = {

@@ -482,7 +482,7 @@ def test_the_answers_of_a_group_are_to_one_prompt(learner, monkeypatch):
 
     monkeypatch.setattr(mllm, "speak", listening_speak)
     config = repic.Config(samples=4, max_tokens=8, micro=2)
-    metrics, example = repic.train_step(mllm, tasks, optimizer, 0, config)
+    metrics, example = repic.train_step(mllm, tasks, optimizer, 0, config, {})
     assert spoken_to == [([Prompt(task.photos, task.text) for task in tasks], 4)]
     assert len(example["samples"]) == 4
     assert set(example["samples"][0]) == {
@@ -501,8 +501,8 @@ def test_sft_is_cross_entropy(learner):
     mllm, optimizer = learner
     tasks = toy_tasks("multi_ict", 1) + toy_tasks("single_ict", 1)
     config = repic.Config(sft=True, samples=1, beta=0.0, micro=1, min_chars=30)
-    metrics, example = repic.train_step(mllm, tasks, optimizer, 0, config)
-    captions = repic.given_captions(mllm, tasks, 0)
+    metrics, example = repic.train_step(mllm, tasks, optimizer, 0, config, {})
+    captions = repic.given_captions(mllm, tasks, 0, {})
     assert example["samples"][0]["text"] == captions[0]
     assert metrics["reward"] == 1  # the given captions use every name
     assert "kl" not in metrics  # its weight is 0
@@ -519,6 +519,26 @@ def test_sft_is_cross_entropy(learner):
     plain = torch.cat([p.grad.flatten() for p in adapters])
     ours = optimizer.gradient
     assert torch.allclose(ours / ours.norm(), plain / plain.norm(), atol=1e-4)
+    # The loss is read from the same pass.
+    assert metrics["nll"] == pytest.approx((sum(losses) / len(losses)).item(), abs=1e-4)
+
+
+def test_sft_scores_its_answers_once(learner, monkeypatch):
+    """There is no sampling policy and no reference, and so no pass for them."""
+    mllm, optimizer = learner
+    passes = []
+    log_probs = mllm.log_probs
+
+    def count(*given):
+        passes.append(torch.is_grad_enabled())
+        return log_probs(*given)
+
+    monkeypatch.setattr(mllm, "log_probs", count)
+    tasks = toy_tasks("single_ict", 3)
+    config = repic.Config(sft=True, samples=1, beta=0.0, micro=2, mu=2, min_chars=30)
+    metrics, _ = repic.train_step(mllm, tasks, optimizer, 0, config, {})
+    assert passes == [True] * 4  # two micro-batches, twice
+    assert metrics["clip_fraction"] == 0
 
 
 def test_sft_learns_what_the_model_says_of_real_photos(random_mllm, concepts, monkeypatch):
@@ -527,10 +547,14 @@ def test_sft_learns_what_the_model_says_of_real_photos(random_mllm, concepts, mo
 
     monkeypatch.setattr(random_mllm, "greedy", greedy)
     [task] = real_tasks(concepts, "multi_ict", 1)
-    [caption] = repic.given_captions(random_mllm, [task], 32)
+    clauses = {}
+    [caption] = repic.given_captions(random_mllm, [task], 32, clauses)
     parts = [f"{named.name}: a picture of {named.photo.name}" for named in task.shown]
     assert caption == " ".join(parts)
     assert set(names_in(caption)) <= set(repic.GIVEN_NAMES)
+    # What was said of a photo once is kept.
+    monkeypatch.setattr(random_mllm, "greedy", None)
+    assert repic.given_captions(random_mllm, [task], 32, clauses) == [caption]
 
 
 # ------------------------------------------------------------------------------- a list of tasks

@@ -102,7 +102,10 @@ def test_the_page_is_whole(finished):
     assert "caption F1" in reader.text
     assert "Held out from training" in reader.text
     assert ("advantage" in reader.text) == (finished.method != "sft")
-    assert finished.table()["rows"].keys() == {"base", str(finished.folder / "adapter")}
+    rows = finished.table()["rows"]
+    assert rows.keys() == {"base", str(finished.folder / "adapter")}
+    reads_itself = finished.method != "rrg"
+    assert ("adapter, read with it" in reader.text) == reads_itself
 
 
 def test_the_page_needs_nothing_else(finished):
@@ -209,6 +212,19 @@ def test_what_is_not_given_is_as_the_run_had_it(finished):
     assert options.k == 4
     assert options.out == str(finished.folder / "table.json")
     assert options.adapter == [str(finished.folder / "adapter"), "another"]
+    assert options.train_concepts == ""
+
+
+@pytest.mark.parametrize("finished", ["rrg"], indirect=True)
+def test_a_table_tests_what_the_run_was_not_trained_on(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "x")
+    file = tmp_path / "x/config.json"
+    record = json.loads(file.read_text())
+    record["settings"] |= {"train_concepts": "30", "data": "photos"}
+    file.write_text(json.dumps(record))
+    options, _ = report.read_settings([str(tmp_path / "x"), "--protocol", "perva"])
+    assert options.train_concepts == "30"
+    assert options.embedder == "openai/clip-vit-large-patch14-336"  # not as the run had it
 
 
 @pytest.mark.parametrize("method, script", [("rrg", "rrg.py"), ("sft", "repic.py")])
