@@ -56,7 +56,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 FEATURES = 2**32  # bytes of photo features that are remembered, on the CPU: 2700 photos at 2B
 ROWS = 128  # photos that are read, and texts that continue them, in one pass of the listener
 LOGITS = 2**26  # logits that exist at once when answers are scored, in fp32 256 MB
-PICTURE = "<image>"  # in the text of a Prompt: here is the next photo
+PICTURE = "<|picture|>"  # in the text of a Prompt: here is the next photo
 # Qwen2-VL's chat layout, for base checkpoints, which come without one.
 CHAT = (
     "{% for m in messages %}"

@@ -196,7 +196,7 @@ def test_a_test_photo_is_no_copy_of_one_to_train_on(tmp_path):
 
 
 def test_one_odd_file_is_skipped(tmp_path):
-    """A strip that no tower can look at, a pipe, an odd name, other formats that are called .jpg."""
+    """A strip that no tower can look at, a pipe, an odd name, other formats called .jpg."""
     make_photos(tmp_path, ["²/1.jpg", "²/2.jpg"])
     Image.new("RGB", (2010, 10)).save(tmp_path / "²/strip.png")
     Image.new("RGB", (2000, 10)).save(tmp_path / "²/long.png")

@@ -20,10 +20,10 @@ IMPORTS = {
     "rrg": "data grpo lora model reward run toy",
     "repic": "data grpo lora model rrg run toy",
     "assistant": "data lora model reward run toy",
-    "protocols": "assistant data run",
-    "naming": "assistant data model repic rrg run",
+    "protocols": "assistant data rrg run toy",
+    "naming": "assistant data lora model repic rrg run",
     "evaluate": "assistant data lora model naming protocols rrg run toy",
-    "report": "assistant data evaluate grpo lora model repic reward rrg run toy",
+    "report": "data evaluate grpo lora model repic reward rrg run toy",
 }
 OPTIONAL = {"datasets", "peft", "trl"}  # what a benchmark compares with, where it is installed
 PAPER = ("grpo", "lora", "reward", "data", "model", "rrg")

@@ -419,8 +419,9 @@ def test_what_is_retrieved_looks_most_like_the_picture():
     references = [Reference(name, "toy", [photos[name]], "", shown=name) for name in "abcd"]
     queries = [naming.Query(photos["query 1"], ["a"]), naming.Query(photos["query 2"], ["c"])]
     scenes = naming.scenes_of(Colours(order), queries, references, k=2, seed=0)
-    retrieved = [scene.references["retrieved"] for scene in scenes]
-    found = [[reference.name for reference in of_scene] for of_scene in retrieved]
+    found = []
+    for scene in scenes:
+        found.append([reference.name for reference in scene.references["retrieved"]])
     assert sorted(found[0]) == ["a", "c"]  # both are as near
     assert found[1] == ["d", "b"]
 
