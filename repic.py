@@ -84,7 +84,7 @@ from data import (
 )
 from grpo import Batch, group_advantages, update
 from lora import lora_off
-from model import MLLM, PICTURE, Completions, Prompt
+from model import MLLM, Completions, Prompt
 from rrg import (
     LEARNER_METRICS,
     LearnerConfig,
@@ -129,7 +129,7 @@ class Config(LearnerConfig):
     without: str = option(
         "none",
         "leave out a task, or the least length of captions",
-        choices=("none", "oct", "vlt", "ict", "length"),
+        choices=("none", "oct", "vlt", "ict", "multi_ict", "length"),
     )
     tasks: str = option(
         "",
@@ -178,7 +178,7 @@ def check_list_options(given):
             "--tasks wants a --model, such as --model Qwen/Qwen2-VL-2B-Instruct: the toy model, "
             "the default, knows the toy world only"
         )
-    for name in ("data", "train_concepts", "mix", "without", "sft"):
+    for name in ("data", "train_concepts", "mix", "sft"):
         if name in given:
             raise DataError(
                 f"--tasks has pictures, questions and right answers of its own, and no captions: "
@@ -196,7 +196,8 @@ def shares_of_kinds(config):
     left_out = ("oct", "vlt") if config.sft else (config.without,)
     shares = {}
     for kind, share in zip(KINDS, config.mix.split(","), strict=True):
-        shares[kind] = 0.0 if task_family(kind) in left_out else float(share)
+        is_left_out = kind in left_out or task_family(kind) in left_out
+        shares[kind] = 0.0 if is_left_out else float(share)
     return shares
 
 
@@ -581,7 +582,8 @@ def read_task(record, folder, unit, rng):
 
     endings = {"oct": YES_OR_NO, "vlt": BOX_FORM[unit]}
     ending = endings.get(kind) or rng.choice(ICT_ENDINGS)
-    text = f"{problem.replace(PICTURE, '').strip()} {ending}".strip()  # pictures come first
+    problem = problem.replace("<image>", "").strip()  # pictures come first
+    text = f"{problem} {ending}".strip()
     return Task(kind, photos, text, read_solution(kind, record.get("solution"), size))
 
 
@@ -624,8 +626,12 @@ def mine_list(config, unit):
     """Stage 1 with --tasks: its tasks, shuffled, of which the last are for the exam.   -> Tasks
 
     Those are at most a fifth, and at most --eval-games. Their pictures may be in others, too.
+    Raises DataError where --without leaves none.
     """
-    tasks = load_tasks(config, unit)
+    shares = shares_of_kinds(config)
+    tasks = [task for task in load_tasks(config, unit) if shares[task.kind] > 0]
+    if not tasks:
+        raise DataError(f"{config.tasks} holds no tasks but those that --without leaves out")
     random.Random(f"list {config.seed}").shuffle(tasks)
     count = len(tasks) - min(config.eval_games, len(tasks) // 5)
     print(f"{len(tasks)} tasks: {count} to train on, {len(tasks) - count} held out")
@@ -965,7 +971,7 @@ def train(config, resume=False):
 
     result = folder.finish(state, exam(mllm, tasks, config), mllm.device)
     show(result)
-    print_where(result, config.out)
+    print_where(result, config.out, has_page=not config.tasks)
     return result
 
 

@@ -73,6 +73,11 @@ def read_run(folder):
         config = run.saved_settings(rrg.Config, folder)
     else:
         config = run.saved_settings(repic.Config, folder)
+        if config.tasks:
+            raise DataError(
+                f"{folder} was trained on a list of tasks, of which there is no page; naming.py "
+                "measures its adapter"
+            )
     with one_line_errors(f"{folder} is not a run's folder that can be read", OSError, ValueError):
         log = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         lines = (folder / "samples.jsonl").read_text().splitlines()

@@ -630,14 +630,15 @@ def show(result):
             print(f"  {when:7}{text!r}  [{show_beliefs(row)}]")
 
 
-def print_where(result, out):
+def print_where(result, out, has_page=True):
     """Print what lies in the run folder, and what to do next."""
     print(
         f"\n{result['seconds']:.0f} s of training. In {out}/: metrics.csv, samples.jsonl, "
         "result.json, and the speaker in adapter/"
     )
-    command = shlex.join(["python", "report.py", str(out)])
-    print(f"To see what its descriptions are worth, as one page: {command}")
+    if has_page:
+        command = shlex.join(["python", "report.py", str(out)])
+        print(f"To see what its descriptions are worth, as one page: {command}")
 
 
 def main():

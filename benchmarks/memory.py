@@ -46,7 +46,7 @@ class Sizes:
     rank: int = option(64, "rank of the adapters")
     samples: int = option(8, "G")
     image_tokens: int = option(512, "image tokens of a photo")
-    max_tokens: int = option(128, "C, tokens of an answer")
+    max_tokens: int = option(256, "C, tokens of an answer")
 
 
 def empty_model(sizes):

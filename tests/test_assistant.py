@@ -10,7 +10,7 @@ import assistant
 import toy
 from assistant import ANY_TEXT, YES_OR_NO, Entry
 from data import Concept, DataError, Photo
-from model import MLLM
+from model import MLLM, PICTURE
 from test_data import make_photos
 
 
@@ -295,7 +295,7 @@ def test_a_reference_photo_beside_the_description(toy_mllm, monkeypatch):
 
     assert [prompt.photos for prompt in asked] == [[new, entry.photos[0]]] * 2
     for prompt in asked:
-        head, between, tail = prompt.text.split("<image>")
+        head, between, tail = prompt.text.split(PICTURE)
         assert head == "Photo 1, which the question is about: "
         assert between == "\nPhoto 2, of the thing that is described here: "
         assert tail.startswith("\nSomebody described")

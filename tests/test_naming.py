@@ -171,7 +171,7 @@ def test_grounding_asks_a_real_model_in_repics_layout(byte_folder, monkeypatch):
 
     pairs = texts[False][3 * 5 : 4 * 5]  # of two concepts, the right references
     for number, text in enumerate(pairs):
-        _, first, second, query = text.split("<image>")
+        _, first, second, query = text.split(PICTURE)
         for place, line in ((1, first), (2, second)):
             name = re.search(r"<([\w-]+)>", line)[1]
             assert line == f'{place}. Name: <{name}>, Info: "{info[name]}"\n'
@@ -301,7 +301,7 @@ def test_right_references_come_in_the_order_of_the_database(byte_folder, pairs, 
     RePIC's layout, and what is known of a thing cannot break out of it."""
     prompts = run_command(monkeypatch, pairs, byte_folder)
     first = prompts[0]
-    introduction, *parts = first.text.split("<image>")
+    introduction, *parts = first.text.split(PICTURE)
     assert "caption" in introduction and introduction.endswith("\n")
     assert parts == [
         '1. Name: <Bingo>, Info: "Bingo is an orange toy."\n',
@@ -324,7 +324,8 @@ def test_wrong_references_are_not_in_the_picture(byte_folder, pairs, tmp_path, m
         assert caption["references"] == caption["names"] == ["Bond", "Bull_dog"]
         assert caption["prompt"] == prompt.text
         assert caption["caption"] == "<Bond> <Bull_dog>"
-        assert "<image>1. Name: <Bond>\n<image>2. Name: <Bull_dog>, Info" in prompt.text
+        words = f"{PICTURE}1. Name: <Bond>\n{PICTURE}2. Name: <Bull_dog>, Info"
+        assert words in prompt.text
 
 
 def test_an_adapter_is_on_and_not_asked_for_the_name(byte_folder, pairs, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
 import lora
 import repic
+import report
 import toy
 from conftest import ROOT, plain_logps
 from data import Concept, DataError, Photo, tag
@@ -202,6 +203,8 @@ def test_shares_follow_the_options():
     assert list(repic.shares_of_kinds(config).values()) == [1, 2, 3, 4]
     config, _ = repic.read_settings(["--mix", "1,2,3,4", "--without", "ict"])
     assert list(repic.shares_of_kinds(config).values()) == [1, 2, 0, 0]
+    config, _ = repic.read_settings(["--mix", "1,2,3,4", "--without", "multi_ict"])
+    assert list(repic.shares_of_kinds(config).values()) == [1, 2, 3, 0]
     config, _ = repic.read_settings(["--sft"])
     assert list(repic.shares_of_kinds(config).values()) == [0, 0, 26, 5]
     assert (config.samples, config.beta) == (1, 0)
@@ -234,7 +237,6 @@ LIST = ["--model", "m", "--tasks", "tasks.json", "--images", "train"]
         ([*LIST, "--train-concepts", "3"], "leave out --train-concepts"),
         ([*LIST, "--sft"], "no captions: leave out --sft"),
         ([*LIST, "--mix", "1,1,1,1"], "leave out --mix"),
-        ([*LIST, "--without", "oct"], "leave out --without"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, message):
@@ -713,6 +715,17 @@ def test_the_end_of_a_shuffled_list_is_held_out(images, tasks, eval_games, held_
     assert texts != [task.text for task in other.train + other.seen]
 
 
+def test_kinds_of_a_list_may_be_left_out(images):
+    config = write_list(images, [OCT, VLT, SINGLE, MULTI] * 2)
+    config.without = "ict"
+    mined = repic.mine(seeing(QWEN2, 112, 56), config)
+    assert sorted(task.kind for task in mined.train) == ["oct", "oct", "vlt", "vlt"]
+    config = write_list(images, [VLT])
+    config.without = "vlt"
+    with pytest.raises(DataError, match="but those that --without leaves out"):
+        repic.mine(seeing(QWEN2, 112, 56), config)
+
+
 LIST_RUN = "--steps 2 --games 2 --samples 2 --max-tokens 4 --rank 2 --max-pixels 12544".split()
 
 
@@ -724,7 +737,12 @@ def test_a_run_on_a_list(images, records, byte_folder, tmp_path, monkeypatch, ca
     arguments = ["--model", str(byte_folder), "--tasks", "tasks.json", "--images", "train"]
     result = repic.train(*repic.read_settings([*arguments, *LIST_RUN, "--out", "run"]))
     held_out = len(records) // 5
-    assert f"{len(records)} tasks: {len(records) - held_out} to train on" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{len(records)} tasks: {len(records) - held_out} to train on" in shown
+    # There is no page of such a run, and none is spoken of.
+    assert "report.py" not in shown
+    with pytest.raises(DataError, match="naming.py measures its adapter"):
+        report.read_run("run")
     for when in ("before", "after"):
         figures = result[when]
         assert figures.pop("unseen") is None
