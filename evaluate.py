@@ -425,17 +425,11 @@ class Row:
     grounding: dict[str, dict] = field(default_factory=dict)  # {part: figures}
 
 
-def run_record(adapter):
-    """The config.json of the run that an adapter is of.   -> its content, {} if there is none"""
-    file = pathlib.Path(adapter).parent / "config.json"
-    return run.load_json(file) if file.is_file() else {}
-
-
 def reader_of(name, options):
     """Who reads what a speaker has described: "base", or "adapter", the speaker's own."""
     if name == "base":
         return "base"
-    own = run_record(name).get("method") in ("repic", "sft")
+    own = run.run_record(name).get("method") in ("repic", "sft")
     return options.reader or ("adapter" if own else "base")
 
 
@@ -532,8 +526,6 @@ def table(mllm, embedder, options, models):
     benchmark = load_benchmark(mllm, options)
     for adapter in options.adapter:
         warn_of_other_split(adapter, benchmark)
-    photos = photos_of(benchmark.concepts)
-    mllm.encode_photos(photos, "looking at the photos")
     mllm.check_words(tag(concept.name) for concept in benchmark.concepts)
 
     # Databases come first, since one that does not fit should be noticed before the work.
@@ -565,7 +557,7 @@ def warn_of_other_split(adapter, benchmark):
 
     They are known by their names, which tell of another toy world's as well.
     """
-    trained = (run_record(adapter).get("concepts") or {}).get("train", [])
+    trained = (run.run_record(adapter).get("concepts") or {}).get("train", [])
     tested = set()
     for part in benchmark.parts.values():
         tested |= {concept.name for concept in part.tested}
@@ -575,6 +567,8 @@ def warn_of_other_split(adapter, benchmark):
             f"note: {adapter} was trained on {len(met)} concepts of the names that this table "
             f"tests, such as {met[0]}; give --seed and --train-concepts as its run had them"
         )
+    if not trained and benchmark.root and adapter != "base":
+        print(f"note: {adapter} does not say which concepts it was trained on; some may be tested")
 
 
 def show_protocol(options):

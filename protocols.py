@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import run
 import toy
 from assistant import Question, published_form
-from data import WRAPPERS, Concept, Photo, find_folder, fingerprint
+from data import WRAPPERS, Concept, Photo, Split, find_folder, fingerprint
 from rrg import load_world
 
 
@@ -150,6 +150,8 @@ def load_benchmark(mllm, options):
         parts = {"all": Part(split.test, split.test)}
     else:
         tested = concepts
+        if root:
+            split = split_of_run(concepts, split, options.adapter)
         parts = {
             "seen": Part(split.train + split.test, split.test),
             "unseen": Part(split.unseen, split.unseen),
@@ -165,6 +167,25 @@ def load_benchmark(mllm, options):
         questions = load_questions(root, concepts)
         pairs = load_pairs(root, concepts)
     return Benchmark(root, tested, splits, parts, questions, pairs)
+
+
+def split_of_run(concepts, split, adapters):
+    """The parts that an adapter's run had, by its config.json: the first one's that has any.
+
+    A folder that has grown or shrunk since would be split otherwise, and what was trained on would
+    be tested. Concepts that have come since are tests. `split` itself if no run knows the concepts.
+    -> Split
+    """
+    of_name = {concept.name: concept for concept in concepts}
+    for adapter in adapters:
+        names = run.run_record(adapter).get("concepts")
+        if not names or not of_name.keys() & names["train"]:
+            continue
+        train = [of_name[name] for name in names["train"] if name in of_name]
+        unseen = [of_name[name] for name in names["unseen"] if name in of_name]
+        others = of_name.keys() - {*names["train"], *names["unseen"]}
+        return Split(train, [of_name[name] for name in sorted(others)], unseen)
+    return split
 
 
 def choose_tests(benchmark, used):

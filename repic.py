@@ -645,7 +645,7 @@ def mine(mllm, config):
         return mine_list(config, unit)
 
     concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
-    mllm.encode_photos(photos_of(concepts), "looking at the photos")
+    mllm.embed(photos_of(concepts))  # so that the tower has seen them, always in the same batches
     side = picture_side(mllm)
     count = config.steps * config.games  # each task is met once
     train = make_tasks(split.train, shares_of_kinds(config), count, side, unit, config.seed)

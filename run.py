@@ -243,6 +243,12 @@ def load_json(file):
         return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
 
 
+def run_record(adapter):
+    """The config.json of the run that an adapter is of.   -> its content, {} if there is none"""
+    file = pathlib.Path(adapter).parent / "config.json"
+    return load_json(file) if file.is_file() else {}
+
+
 def saved_settings(cls, folder):
     """The settings that the run in a folder was started with.   -> cls"""
     file = pathlib.Path(folder) / "config.json"

@@ -399,6 +399,11 @@ def test_an_adapter_that_met_what_is_tested_is_noted(tmp_path, capsys):
     )
     assert expected in capsys.readouterr().out
 
+    # Of real photos an adapter should say what it was trained on.
+    benchmark.root = tmp_path
+    evaluate.warn_of_other_split(tmp_path / "elsewhere/adapter", benchmark)
+    assert "does not say which concepts it was trained on" in capsys.readouterr().out
+
 
 # -------------------------------------------------------------------------------- a published row
 PERVA = ["mug/aaa", "mug/bbb", "bowl/ccc", "bowl/ddd", "bowl/eee"]

@@ -7,7 +7,7 @@ import pytest
 import evaluate
 import protocols
 import toy
-from data import Concept, DataError, Photo, load_concepts
+from data import Concept, DataError, Photo, Split, load_concepts
 from protocols import Pair
 from test_data import make_photos
 
@@ -236,3 +236,25 @@ def test_rap_recognition_is_filtered_by_the_correct_answer(tmp_path):
     [photo] = [photo for photo in concepts[0].photos if photo.part == "test"]
     pairs = protocols.load_pairs(tmp_path, concepts)
     assert pairs == [Pair(photo, "bo", True), Pair(photo, "mam", False)]
+
+
+# -------------------------------------------------------------------------- what a run held out
+def test_what_a_run_held_out_stays_held_out(tmp_path):
+    """Also where a concept has gone since, and another one has come."""
+    concepts = [Concept(name, "dog", []) for name in ("ana", "bo", "mam", "new", "rex", "tom")]
+    by_folder = Split(concepts[:4], concepts[4:], [])
+    parts = {"train": ["tom", "ana", "gone"], "test": ["bo"], "unseen": ["rex", "lost"]}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mine/config.json").write_text(json.dumps({"concepts": parts}))
+    of_others = {"train": ["x"], "test": [], "unseen": []}
+    (tmp_path / "other/config.json").write_text(json.dumps({"concepts": of_others}))
+    adapters = [str(tmp_path / run / "adapter") for run in ("nowhere", "other", "mine")]
+
+    split = protocols.split_of_run(concepts, by_folder, adapters)
+    assert split.names() == {
+        "train": ["tom", "ana"],
+        "test": ["bo", "mam", "new"],
+        "unseen": ["rex"],
+    }
+    assert protocols.split_of_run(concepts, by_folder, adapters[:2]) is by_folder
