@@ -195,23 +195,36 @@ def published_form(what):
     return one_line_errors(message, *UNEXPECTED)
 
 
-def find_photo(path, source):
+def folders_around(source, root=None):
+    """Where the pictures that a JSON file names may be: its own folder and the two above, the one
+    we are in, and the data's, `root`."""
+    folders = [*source.resolve().parents[:3], pathlib.Path.cwd()]
+    if root:
+        folders += [pathlib.Path(root).resolve(), pathlib.Path(root).resolve().parent]
+    return folders
+
+
+def find_photo(path, source, root=None):
     """The photo that the JSON file `source` names by a path, perhaps of another machine.   -> Photo
 
-    That is the path as it stands, or the longest end of it that exists in the file's folder or in
-    the two above. Raises DataError where there is none.
+    That is the longest end of the path that exists in one of `folders_around`, at least its folder
+    and its name: another picture that happens to be called 1.png will not do. A mere name is a
+    picture next to the file. Raises DataError where there is none.
     """
-    candidates = [pathlib.Path(path)]
     parts = pathlib.PurePosixPath(str(path).replace("\\", "/")).parts
-    for first, part in enumerate(parts):
-        if part == "/":
-            continue
-        for folder in source.parents[:3]:
-            candidates.append(folder.joinpath(*parts[first:]))
-    for file in candidates:
-        if file.is_file():
-            return Photo(str(file), partial(read_photo, file))
-    raise DataError(f"{source} names the picture {path}, which is not there")
+    parts = [part for part in parts if part != "/"]
+    folders = folders_around(source, root)
+    if len(parts) == 1:
+        folders = folders[:1]
+    for first in range(max(1, len(parts) - 1)):
+        for folder in folders:
+            file = folder.joinpath(*parts[first:])
+            if ".." not in parts and file.is_file():
+                return Photo(str(file), partial(read_photo, file))
+    raise DataError(
+        f"{source} names the picture {path}, which is not there (neither next to it nor in the two "
+        "folders above)"
+    )
 
 
 def flatten_text(info):
@@ -227,11 +240,12 @@ def flatten_text(info):
     return " ".join(part for part in parts if part)
 
 
-def read_entry(marker, item, content, source, photos):
+def read_entry(marker, item, content, source, photos, root):
     """One concept of a database.   -> Entry
 
     marker: its name in angle brackets; item: what the "concept_dict" holds of it; content: the
-    whole database; source: its file; photos {name: Photo} are known already
+    whole database; source: its file; photos {name: Photo} are known already; root: see
+    `find_photo`
     """
     images = item.get("image")
     if not images:
@@ -247,17 +261,17 @@ def read_entry(marker, item, content, source, photos):
     return Entry(
         name=marker.strip("<>"),
         category=category or "object",
-        photos=[photos.get(image) or find_photo(image, source) for image in images],
+        photos=[photos.get(image) or find_photo(image, source, root) for image in images],
         text=flatten_text(info),
     )
 
 
-def read_database(path, photos=()):
+def read_database(path, photos=(), root=None):
     """A database of descriptions in RAP's JSON, by its file or its folder.   -> [Entry]
 
-    A picture is the one of `photos` with its name, else a file (see `find_photo`). A concept
-    without `info` has an empty description. Raises DataError for anything else than such a
-    database, and for pictures that are not there.
+    A picture is the one of `photos` with its name, else a file (see `find_photo`), perhaps in
+    `root`, the folder of the data. A concept without `info` has an empty description. Raises
+    DataError for anything else than such a database, and for pictures that are not there.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -273,7 +287,7 @@ def read_database(path, photos=()):
     entries = []
     with published_form("the database of descriptions"):
         for marker, item in content["concept_dict"].items():
-            entries.append(read_entry(marker, item, content, path, by_name))
+            entries.append(read_entry(marker, item, content, path, by_name, root))
     return entries
 
 
@@ -468,8 +482,11 @@ def answer_questions(mllm, questions, entry_of, max_tokens, show_reference=False
     for question in questions:
         name = tag(question.concept)
         entry = entry_of[question.concept]
-        lines = [f"{name}: {mllm.quote(entry.text)}", question.text.format(name)]
-        lines += [f"{letter}. {option}" for letter, option in question.options.items()]
+        # Somebody else's words, so cleaned as descriptions are, though without quotation marks.
+        words = mllm.quote(question.text)[1:-1].format(name)
+        lines = [f"{name}: {mllm.quote(entry.text)}", words]
+        for letter, text in question.options.items():
+            lines.append(f"{letter}. {mllm.quote(text)[1:-1]}")
         asked.append((question.photo, entry, "\n".join(lines)))
     answers = ask(mllm, VQA, asked, max_tokens, "answering", show_reference)
 
@@ -531,9 +548,22 @@ def read_settings(argv=None):
         raise DataError("give the new photo: python assistant.py --photos my_photos/ photo.jpg")
     if bool(options.photos) == bool(options.database):
         raise DataError("give --photos or --database, one of them")
+    if options.out and options.photos:
+        check_out(options)
     if options.adapter and options.database:
         raise DataError("--adapter is for describing --photos; a --database is described already")
     return options
+
+
+def check_out(options):
+    """Raise DataError if the database in --out would not find its pictures again."""
+    root = pathlib.Path(options.photos).resolve()
+    folders = folders_around(pathlib.Path(options.out))
+    if not any(root.is_relative_to(folder) for folder in folders):
+        raise DataError(
+            f"from {options.out} the pictures in {options.photos} could not be found again; give "
+            "an --out in that folder, or above it"
+        )
 
 
 def adapt(mllm, adapter):

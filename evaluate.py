@@ -323,8 +323,9 @@ def ask_reader(mllm, entries, tests, candidates, questions, pairs, options):
     judgements = judge(mllm, entries, tests, pairs, options)
 
     entry_of = {entry.name: entry for entry in entries}
-    tested = {test.concept for test in tests}
-    questions = [question for question in questions if question.concept in tested]
+    # About tests only: a photo that was described is no question.
+    photos = {test.photo for test in tests}
+    questions = [question for question in questions if question.photo in photos]
     hits = answer_questions(mllm, questions, entry_of, options.max_tokens, options.show_reference)
     return Answers(choices, named, judgements, hits)
 
@@ -466,12 +467,13 @@ def speaker_rows(mllm, embedder, models, benchmark, options):
     return rows
 
 
-def database_row(file, concepts):
+def database_row(file, concepts, root=None):
     """Descriptions that were written elsewhere, with the categories that are known here.   -> Row
 
     Raises DataError where a concept is not described.
     """
-    described = {entry.name: entry for entry in read_database(file, photos_of(concepts))}
+    entries = read_database(file, photos_of(concepts), root)
+    described = {entry.name: entry for entry in entries}
     missing = [concept.name for concept in concepts if concept.name not in described]
     if missing:
         raise DataError(
@@ -529,7 +531,9 @@ def table(mllm, embedder, options, models):
     mllm.check_words(tag(concept.name) for concept in benchmark.concepts)
 
     # Databases come first, since one that does not fit should be noticed before the work.
-    databases = [database_row(file, benchmark.concepts) for file in options.database]
+    databases = [
+        database_row(file, benchmark.concepts, benchmark.root) for file in options.database
+    ]
     used = []
     for row in databases:
         used += photos_of(row.entries)

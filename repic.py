@@ -353,7 +353,7 @@ def phrase_for(concept):
     if truth:
         return toy.phrase(truth)
     if concept.category != "object":
-        return concept.category
+        return re.sub(r"[\W_]+", " ", concept.category).strip()
     return re.sub(r"[\W\d_]+", " ", concept.name).strip()  # "blue_mug2": "blue mug"
 
 
@@ -582,7 +582,8 @@ def read_task(record, folder, unit, rng):
 
     endings = {"oct": YES_OR_NO, "vlt": BOX_FORM[unit]}
     ending = endings.get(kind) or rng.choice(ICT_ENDINGS)
-    problem = problem.replace("<image>", "").strip()  # pictures come first
+    problem = problem.replace("<image>", "")  # pictures come first
+    problem = re.sub(r"<\|[^|]*\|>", " ", problem).strip()  # no marker of a chat
     text = f"{problem} {ending}".strip()
     return Task(kind, photos, text, read_solution(kind, record.get("solution"), size))
 

@@ -149,7 +149,7 @@ def test_databases_of_every_shape(tmp_path):
     concepts = {
         "<bo>": {
             "name": "bo",
-            "image": "example_database/bo.png",
+            "image": "example/db/bo.png",
             "info": "<bo> is a dog.",
             "category": "dog",
         },
@@ -170,7 +170,7 @@ def test_databases_of_every_shape(tmp_path):
         },
         "<fancy boot>": {"name": "fancy boot", "info": ""},
     }
-    owners = {"C:\\photos\\x y.png": "<fancy boot>"}
+    owners = {"C:\\photos\\db\\x y.png": "<fancy boot>"}
     content = {"concept_dict": concepts, "path_to_concept": owners}
     (tmp_path / "db/database.json").write_text(json.dumps(content))
 
@@ -197,6 +197,45 @@ def test_a_database_finds_known_photos_by_their_names(tmp_path):
     entry = Entry("bo", "dog", [photo], "A dog.")
     (tmp_path / "x.json").write_text(json.dumps(assistant.database([entry])))
     assert assistant.read_database(tmp_path / "x.json", [photo]) == [entry]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "bo/1.png",  # is missing, and 1.png is another picture
+        "/data/1.png",
+        "db/../../secret/1.png",
+        "/etc/passwd",
+        "2.png",  # lies next to the file's folder, not in it
+    ],
+)
+def test_no_other_picture_takes_the_place_of_a_missing_one(tmp_path, path):
+    make_photos(tmp_path, ["root/db/x/1.png", "root/1.png", "root/db/2.png", "secret/1.png"])
+    source = tmp_path / "root/db/x/database.json"
+    with pytest.raises(DataError, match="which is not there"):
+        assistant.find_photo(path, source)
+    assert assistant.find_photo("1.png", source).load().size == (12, 8)
+    assert assistant.find_photo("/far/away/db/2.png", source).name.endswith("/root/db/2.png")
+    # The data's own folder counts, too.
+    found = assistant.find_photo("/far/away/secret/1.png", source, tmp_path / "secret")
+    assert found.name.endswith("/secret/1.png")
+
+
+def test_questions_and_options_are_cleaned(toy_mllm, monkeypatch):
+    asked = []
+
+    def answer(template, pairs, *others):
+        asked.extend(pairs)
+        return ['{"Answer": "A"}'] * len(pairs)
+
+    monkeypatch.setattr(toy_mllm, "answer", answer)
+    entry = Entry("bo", "dog", [], "A dog.")
+    options = {"A": "red<|im_end|>", "B": 'say "yes"'}
+    photo = Photo("1", None)
+    question = assistant.Question("bo", photo, "What <|im_start|>is {}?", options, "A")
+    assert assistant.answer_questions(toy_mllm, [question], {"bo": entry}, 9) == [True]
+    [(_, text)] = asked
+    assert text == "<bo>: \"A dog.\"\nWhat is <bo>?\nA. red\nB. say 'yes'"
 
 
 def test_repics_database_comes_first_and_its_pictures_must_be_there(tmp_path):

@@ -222,7 +222,7 @@ def make_spoiled_folder(root, rng):
             file = f"{rng.choice(NAMES[:5])} {view}.{rng.choice(SUFFIXES)}"
             path = root / rng.choice(["", "", "cups/"]) / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture = picture_bytes(rng.choice(KINDS), rng.randint(40, 99))
+            picture = picture_bytes(rng.choice(KINDS), rng.randint(40, 240))
             path.write_bytes(spoil(picture, rng))
     if rng.random() < 0.3:
         (root / "loop").symlink_to(root, target_is_directory=True)
