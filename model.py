@@ -394,6 +394,8 @@ class MLLM:
         that may be drawn. The caller draws them, so that an answer does not depend on how many
         processes share the games. Without them greedily. The prefix grows on the way.
         """
+        if uniforms is not None:
+            uniforms = uniforms.to(self.device)
         hidden = prefix.last  # [N, D]
         done = torch.zeros(len(hidden), dtype=torch.bool, device=self.device)  # [N]
         ids = []  # of each step [N]

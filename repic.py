@@ -833,7 +833,7 @@ def train_step(mllm, tasks, optimizer, step, config, clauses):
         given_logps = torch.zeros(answers.ids.shape, device=mllm.device)  # [N, C]
     else:
         seed = config.seed * 1_000_003 + step  # of no other step of any seed
-        uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
+        uniforms = run.draw_uniforms(config.max_tokens, N, seed)  # [max_tokens, N]
         answers = mllm.speak(prompts, G, config.max_tokens, uniforms)
 
     # 3 and 4. Nobody listens: a rule reads the answer and knows the solution.

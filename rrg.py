@@ -360,7 +360,7 @@ def train_step(mllm, games, optimizer, step, config):
     # 2. Speak, with LoRA on.
     seed = config.seed * 1_000_003 + step  # no other pair of seed and step has this number
     # N counts this process's rows. draw_uniforms draws for all processes and returns these N.
-    uniforms = run.draw_uniforms(config.max_tokens, N, seed, mllm.device)  # [max_tokens, N]
+    uniforms = run.draw_uniforms(config.max_tokens, N, seed)  # [max_tokens, N]
     answers = mllm.speak(prompts, G, config.max_tokens, uniforms)  # N rows, G in a row a game
     descriptions = [parse(text) for text in answers.texts]  # None: a malformed answer
 

@@ -89,7 +89,7 @@ def gather(items):
     return sum(parts, [])
 
 
-def draw_uniforms(max_tokens, rows, seed, device):
+def draw_uniforms(max_tokens, rows, seed):
     """The random numbers that `rows` answers of this process are sampled by.
 
     -> [max_tokens, rows] in [0, 1)
@@ -99,7 +99,7 @@ def draw_uniforms(max_tokens, rows, seed, device):
     rank, world = ranks()
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(max_tokens, world * rows, generator=generator)
-    return uniforms[:, rank * rows : (rank + 1) * rows].to(device)
+    return uniforms[:, rank * rows : (rank + 1) * rows]
 
 
 # --------------------------------------------------------------------------------- command line

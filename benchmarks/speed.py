@@ -138,7 +138,7 @@ def make_work(mllm, options):
     N = options.games * G
     games = make_games(mllm, options)
     prompts = rrg.speaker_prompts(games)
-    uniforms = run.draw_uniforms(options.max_tokens, N, 0, mllm.device)  # [C, N]
+    uniforms = run.draw_uniforms(options.max_tokens, N, 0)  # [C, N]
 
     # The listener is not asked about the sampled answers, which may be malformed.
     colours = toy.ATTRIBUTES["colour"]

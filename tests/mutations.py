@@ -426,8 +426,8 @@ MUTATIONS = [
     Mutation(
         "samples depend on the number of processes",
         "run.py",
-        "return uniforms[:, rank * rows : (rank + 1) * rows].to(device)",
-        "return uniforms[:, :rows].to(device)",
+        "return uniforms[:, rank * rows : (rank + 1) * rows]",
+        "return uniforms[:, :rows]",
         "run",
     ),
     Mutation(
@@ -443,6 +443,186 @@ MUTATIONS = [
         'if line.endswith("\\n") and step_of(line) <= step]',
         'if line.endswith("\\n")]',
         "run",
+    ),
+    # --- repic.py
+    Mutation(
+        "a name that is the thing's own",
+        "repic.py",
+        "others = [name for name in names if name.lower() not in own]",
+        "others = [name for name in names if name.lower() in own] * 9",
+        "repic",
+    ),
+    Mutation(
+        "boxes of Qwen2-VL are read as pixels",
+        "repic.py",
+        'if mllm.config.model_type == "qwen2_vl" and not is_toy:',
+        "if False:",
+        "repic",
+    ),
+    Mutation(
+        "no least length of captions",
+        "repic.py",
+        "if len(answer) < min_chars:",
+        "if False:",
+        "repic",
+    ),
+    Mutation(
+        "--without length is ignored",
+        "repic.py",
+        'min_chars = 0 if config.without == "length" else config.min_chars',
+        "min_chars = config.min_chars",
+        "repic",
+    ),
+    Mutation(
+        "a name as a pair of tags is paid", "repic.py", 'name[0] == "<" and ', "False and ", "repic"
+    ),
+    Mutation(
+        '"know" is no', "repic.py", r'r"\b(yes|no)\b", answer', 'r"(yes|no)", answer', "repic"
+    ),
+    Mutation("an IoU of .4 is enough", "repic.py", ">= 0.5)", ">= 0.4)", "repic"),
+    Mutation(
+        "SFT's captions are said with LoRA on",
+        "repic.py",
+        "        with lora_off(mllm.model):\n            clauses",
+        "        if True:\n            clauses",
+        "repic",
+    ),
+    Mutation(
+        "SFT learns with the advantages of its rewards",
+        "repic.py",
+        "advantages = torch.ones(N)",
+        "advantages = rewards.float()",
+        "repic",
+    ),
+    Mutation(
+        "what a list holds out is trained on",
+        "repic.py",
+        "return Tasks(tasks[:count], tasks[count:], [], None)",
+        "return Tasks(tasks, tasks[count:], [], None)",
+        "repic",
+    ),
+    # --- assistant.py
+    Mutation(
+        "letters by rank",
+        "assistant.py",
+        "order = rng.sample(entries, len(entries))",
+        "order = list(entries)",
+        "assistant",
+    ),
+    Mutation(
+        "text around the JSON is allowed",
+        "assistant.py",
+        'fenced = re.fullmatch(r"\\s*```(?:json)?\\s*(\\{.*\\})\\s*```\\s*", text, re.DOTALL)',
+        'fenced = re.search(r"(\\{.*\\})", text, re.DOTALL)',
+        "assistant",
+    ),
+    Mutation(
+        "retrieval by the picture alone",
+        "assistant.py",
+        "return (rescale(picture) + rescale(words)) / 2",
+        "return rescale(picture)",
+        "assistant",
+    ),
+    Mutation(
+        "a picture of the same name will do",
+        "assistant.py",
+        "for first in range(max(1, len(parts) - 1)):",
+        "for first in range(len(parts)):",
+        "assistant",
+    ),
+    # --- protocols.py and evaluate.py
+    Mutation(
+        "a photo that was described is a test",
+        "protocols.py",
+        "return PhotoSplit(order[:kept][:references], order[kept:])",
+        "return PhotoSplit(order[:kept][:references], order)",
+        "protocols",
+    ),
+    Mutation(
+        "tests of PerVA are described",
+        "protocols.py",
+        'others = [photo for photo in concept.photos if photo.part != "test"]',
+        "others = concept.photos",
+        "protocols",
+    ),
+    Mutation(
+        "what a run trained on is tested",
+        "protocols.py",
+        "            split = split_of_run(concepts, split, options.adapter)\n",
+        "            pass\n",
+        "protocols evaluate",
+    ),
+    Mutation(
+        "the adapter stays on while another row is read",
+        "evaluate.py",
+        '        figures[part_name] |= row.grounding.get(part_name, {}) | {"reader": row.reader}\n'
+        "    remove_lora(mllm.model)\n",
+        '        figures[part_name] |= row.grounding.get(part_name, {}) | {"reader": row.reader}\n',
+        "evaluate",
+    ),
+    Mutation(
+        "the adapter stays on while descriptions are read",
+        "evaluate.py",
+        "            )\n    remove_lora(mllm.model)\n    return row",
+        "            )\n    return row",
+        "evaluate",
+    ),
+    Mutation(
+        "retrieval with the adapter on",
+        "evaluate.py",
+        "    with lora_off(mllm.model):\n        for lookup",
+        "    if True:\n        for lookup",
+        "evaluate",
+    ),
+    Mutation(
+        "RePIC's rows are read by the base model",
+        "evaluate.py",
+        'return options.reader or ("adapter" if own else "base")',
+        'return options.reader or "base"',
+        "evaluate",
+    ),
+    Mutation(
+        "what cannot be read is half right",
+        "evaluate.py",
+        "judgement.said_yes is judgement.shown for",
+        "(judgement.said_yes or False) is judgement.shown for",
+        "evaluate",
+    ),
+    Mutation(
+        "F1 is the mean over photos",
+        "evaluate.py",
+        "    names = actual.keys() | picked.keys()\n",
+        "    names = actual.keys()\n",
+        "evaluate",
+    ),
+    Mutation(
+        "by category: one database",
+        "evaluate.py",
+        "look_up_together(entries, tests, protocol_of(options).by_category)",
+        "look_up_together(entries, tests, False)",
+        "evaluate",
+    ),
+    # --- naming.py
+    Mutation(
+        "wrong references show what is in the picture",
+        "naming.py",
+        "if each.name not in in_picture[query.photo]]",
+        "]",
+        "naming",
+    ),
+    Mutation(
+        "a trained model is asked for the name",
+        "naming.py",
+        "    if zero_shot:\n",
+        "    if True:\n",
+        "naming",
+    ),
+    Mutation(
+        "any name makes a miss",
+        "naming.py",
+        "if there - set(names):",
+        "if there:",
+        "naming",
     ),
 ]
 

@@ -546,7 +546,7 @@ def test_what_the_update_is_given(learner, monkeypatch):
 def test_no_two_steps_of_any_runs_have_the_same_random_numbers(learner, monkeypatch):
     seeds = []
 
-    def draw_uniforms(max_tokens, rows, seed, device):
+    def draw_uniforms(max_tokens, rows, seed):
         seeds.append(seed)
         return torch.rand(max_tokens, rows)
 

@@ -333,9 +333,10 @@ def test_settings_of_another_script_or_version_are_refused(settings, tmp_path):
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):
     write_run(tmp_path, {})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read .*config.json"):
-        run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
+    for content in ("{", "[" * 100_000):  # half a file, and one that is too deep
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(DataError, match="cannot read .*config.json"):
+            run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
 
 
 def test_resume_without_a_folder_takes_the_newest_run(tmp_path, monkeypatch):
@@ -479,8 +480,7 @@ def test_parts_are_the_whole_list_in_order(count, world, monkeypatch):
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(monkeypatch):
-    cpu = torch.device("cpu")
-    whole = run.draw_uniforms(5, 12, 7, cpu)
+    whole = run.draw_uniforms(5, 12, 7)
     assert whole.shape == (5, 12)
     assert whole.min() >= 0
     assert whole.max() < 1
@@ -488,12 +488,12 @@ def test_samples_do_not_depend_on_the_number_of_processes(monkeypatch):
         parts = []
         for rank in range(world):
             pretend(monkeypatch, rank, world)
-            parts.append(run.draw_uniforms(5, 12 // world, 7, cpu))
+            parts.append(run.draw_uniforms(5, 12 // world, 7))
         assert torch.equal(torch.cat(parts, 1), whole)
 
     pretend(monkeypatch, 0, 1)
-    assert torch.equal(run.draw_uniforms(5, 12, 7, cpu), whole)
-    assert not torch.equal(run.draw_uniforms(5, 12, 8, cpu), whole)
+    assert torch.equal(run.draw_uniforms(5, 12, 7), whole)
+    assert not torch.equal(run.draw_uniforms(5, 12, 8), whole)
 
 
 def log_one_step(folder, columns, metrics):
