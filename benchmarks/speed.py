@@ -28,6 +28,7 @@ has without vLLM. Drawing the pictures and the optimizer's step are timed in non
 Shapes: B games, G answers of each, N = B*G rows, K photos in a pool, C tokens of an answer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -49,12 +50,13 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import data  # noqa: E402
 import reward  # noqa: E402
 import rrg  # noqa: E402
 import run  # noqa: E402
 import toy  # noqa: E402
 from assistant import RECOGNITION  # noqa: E402
-from data import Game, Photo  # noqa: E402
+from data import Concept, Game, Photo, mine_games  # noqa: E402
 from grpo import grpo_loss, token_logps  # noqa: E402
 from lora import add_lora, lora_layers, lora_off, lora_state, remove_lora, write_json  # noqa: E402
 from model import MLLM, ROWS, Completions, Prompt, chunks  # noqa: E402
@@ -911,6 +913,93 @@ def idea_of_logits(device):
     return Idea(text, "log-probs", "kept", with_it, without)
 
 
+def idea_of_cutting(way):
+    """Answers of all lengths from a quarter of the longest on, one game in each micro-batch."""
+    G = way.options.samples
+    ids = way.work.answers.ids
+    longest = ids.shape[1]
+    spread = torch.linspace(longest / 4, longest, len(ids) // G)  # of each game
+    lengths = spread.repeat_interleave(G).to(ids.device)  # [N]
+    mask = torch.arange(longest, device=ids.device) < lengths[:, None]  # [N, C]
+
+    @torch.no_grad()
+    def score(mask):
+        for number, prompt in enumerate(way.work.prompts):
+            rows = slice(number * G, (number + 1) * G)
+            way.mllm.log_probs([prompt], ids[rows], mask[rows])
+
+    def with_it():
+        score(mask)
+
+    def without():
+        score(torch.ones_like(mask))
+
+    text = "a micro-batch is scored up to its longest answer, where lengths spread from 1/4 on"
+    return Idea(text, "reference", "kept", with_it, without)
+
+
+@contextlib.contextmanager
+def folded(model):
+    """Inside this block each weight is W + (alpha / r) B A, and comes back as it was."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
+    weights = [layer.base.weight.clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            product = layer.lora_B.weight @ layer.lora_A.weight
+            layer.base.weight += (layer.alpha / layer.rank) * product
+    with lora_off(model):
+        yield
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.base.weight.data.copy_(weight)
+
+
+def idea_of_folding(way):
+    def with_it():
+        with folded(way.mllm.model):
+            way.rollout()
+
+    text = "adapters are folded into their weights while answers are sampled, in fp32"
+    outcome = "dropped: all adapted weights twice in memory"
+    return Idea(text, "rollout", outcome, with_it, way.rollout)
+
+
+def idea_of_matrices():
+    """500 photos of 100 concepts, vectors of 1536 numbers."""
+    noise = torch.Generator().manual_seed(0)
+    concepts = []
+    vectors = {}
+    for number in range(100):
+        photos = [Photo(f"{number}/{i}", None) for i in range(5)]
+        concepts.append(Concept(str(number), "mug", photos))
+        for photo in photos:
+            vectors[photo.name] = F.normalize(torch.randn(1536, generator=noise), dim=0)
+
+    def with_it():
+        mine_games(concepts, vectors, 3, 0)
+
+    def without():
+        with mock.patch.object(data.Similarities, "to_targets", dot_products):
+            mine_games(concepts, vectors, 3, 0)
+
+    text = "games are mined by matrix products, not by single dot products, 500 photos"
+    return Idea(text, "mining", "kept", with_it, without)
+
+
+def dot_products(similarities, targets):
+    """In the place of Similarities.to_targets: one product for each pair."""
+    rows = []
+    for target in targets:
+        vector = similarities.vectors[target.name]
+        to_photo = {}
+        for name, other in zip(similarities.photo_names, similarities.of_photos, strict=True):
+            to_photo[name] = float(vector @ other)
+        to_concept = {}
+        for name, other in zip(similarities.concept_names, similarities.of_concepts, strict=True):
+            to_concept[name] = float(vector @ other)
+        rows.append(data.Similarity(to_photo, to_concept))
+    return rows
+
+
 def compare_idea(mllm, idea, rounds):
     """Time an idea with and without, in turn, and print its line.   -> what --json keeps of it"""
     with_it = []
@@ -946,8 +1035,11 @@ def compare_ideas(mllm, options):
         idea_of_prefixes(way),
         idea_of_keeping(way, "listen", way.listen),
         idea_of_keeping(way, "reference", way.reference),
+        idea_of_cutting(way),
+        idea_of_folding(way),
         idea_of_searching(mllm.device),
         idea_of_logits(mllm.device),
+        idea_of_matrices(),
     ]
     kept += [compare_idea(mllm, idea, options.rounds) for idea in ideas]
     return {"ideas": kept}
