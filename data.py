@@ -30,7 +30,8 @@ Where it departs from the RRG paper and its authors' research code:
 3. Photos are compared by the model's own vision tower unless --embedder names a CLIP. (The
    research code takes openai/clip-vit-large-patch14-336.)
 4. Without --train-concepts a fifth of the concepts, and of four categories or more some whole
-   categories, are never trained on: no such split is published.
+   categories, are never trained on. (The research code trains on .65 of the concepts of categories
+   with eight or more.)
 
 Shapes: K photos in a pool, D width of the vectors that similarity is measured with.
 """
@@ -450,7 +451,7 @@ def split_concepts(concepts, seed, unseen=None):
 
     unseen: whole categories that are never trained on; by default, of four categories or more, a
     sixth of them, at least one, if enough concepts are left for a pool. Of the other concepts a
-    fifth, at least one, is kept for testing. (Our choice: no split is published.)
+    fifth, at least one, is kept for testing. (Our fractions.)
     """
     rng = random.Random(f"split {seed}")
     categories = sorted({concept.category for concept in concepts})

@@ -7,7 +7,7 @@ questions. What it is asked is the same in all rows of the table:
 
     base        what the model as it came describes
     refined     the same descriptions, which it has rewritten without state and place: a baseline
-                that has learned nothing
+                that has learned nothing (not in the toy world, whose model cannot)
     an adapter  what the model describes with it, and reads with it too where it is RePIC's or
                 SFT's, which were made for that; all other rows are read without (--reader)
     a database  descriptions that were written elsewhere
@@ -699,7 +699,10 @@ def fill_in(cls, own, given):
     What is given counts before what --protocol sets, and that before the script's `own` defaults.
     Raises DataError for what cannot be had together.
     """
-    settings = own | protocol_settings(given.get("protocol", "")) | given
+    of_protocol = protocol_settings(given.get("protocol", ""))
+    if "seed" in own:  # a run's concepts are split by its own seed
+        of_protocol.pop("seed", None)
+    settings = own | of_protocol | given
     options = fill_in_assistant(cls, settings)
     if options.protocol and not options.data:
         raise DataError("--protocol is about a benchmark's photos: give --data")
@@ -711,8 +714,17 @@ def fill_in(cls, own, given):
 
 
 def read_settings(argv=None):
-    """The command line.   -> Options"""
-    return fill_in(Options, {}, run.read_options(Options, __doc__, argv))
+    """The command line.   -> Options. Raises DataError for what cannot be had together."""
+    given = run.read_options(Options, __doc__, argv)
+    which = [name for name in ("all", "train_concepts") if given.get(name)]
+    if len(which) == 2:
+        raise DataError("--all tests every concept, --train-concepts all others: give one of them")
+    if given.get("protocol") and not which:
+        raise DataError(
+            "--protocol wants --all or, of concepts that a run was trained on, --train-concepts as "
+            "the run had it"
+        )
+    return fill_in(Options, {}, given)
 
 
 def main(argv=None):

@@ -11,8 +11,8 @@ Source: LoRA (arXiv 2106.09685, section 4.1); the file format is that of PEFT 0.
 
 Where it departs from them:
 1. Adapters sit on the seven projections of each layer of the language model only. The vision
-   tower is frozen, so that a picture is encoded once, and lm_head has no adapter. (The research
-   code that this program is compared with adapts every linear layer, lm_head too.)
+   tower is frozen, so that a picture is encoded once, and lm_head has no adapter. (The
+   research code adapts every linear layer, also the tower's.)
 2. There is no dropout, which would make the policy that is trained differ from the one that was
    sampled.
 

@@ -44,8 +44,11 @@ Where it departs from the paper and its research code:
    were released say "using its given names" for two things, and nothing for four.)
 7. How Table 3's wrong references were chosen is not published. Here they are drawn, and for two and
    four things as well.
-8. The toy world is asked as in repic.py, the only wordings that its model knows, without what is
-   known of things.
+8. The toy world is asked as in repic.py, the only wordings that its model knows: without what is
+   known of things, and base is not asked for the name.
+9. evaluate.py --grounding is a smaller measure, of any photos: one reference is retrieved for each
+   thing in a picture, by the model's own tower unless --embedder names a CLIP, right ones come in
+   the order in which they were drawn, and captions end where its other answers do.
 
 Shapes: P pictures, C references in the database, k retrieved.
 """

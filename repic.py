@@ -374,15 +374,19 @@ def draw_views(concepts, rng):
     return views
 
 
-def draw_names(concepts, rng):
-    """What some concepts are called in a task: a random name each, none of them their own.
+def draw_names(concepts, others, rng):
+    """What some concepts are called in a task: a random name each, which is not their own.
 
-    In the toy world one of those that its model can spell.   -> names in angle brackets
+    others: all other concepts, whose names are not drawn either. In the toy world they are: its
+    model can spell no names but those of its things.   -> names in angle brackets
     """
-    names = toy.NAMES if concepts[0].photos[0].truth else GIVEN_NAMES
-    own = {concept.name.lower() for concept in concepts}
-    others = [name for name in names if name.lower() not in own]
-    return [tag(name) for name in rng.sample(others, len(concepts))]
+    names = GIVEN_NAMES
+    in_use = {concept.name.split("/")[-1].lower() for concept in concepts + others}
+    if concepts[0].photos[0].truth:
+        names = toy.NAMES
+        in_use = {concept.name for concept in concepts}
+    free = [name for name in names if name.lower() not in in_use]
+    return [tag(name) for name in rng.sample(free, len(concepts))]
 
 
 def row_by_row(named, boxes, side):
@@ -416,7 +420,7 @@ def make_oct_task(draw):
         shown = draw.rng.choice([draw.others, look_alikes or draw.others])[0]
         solution = "no"
     views = draw_views([concept, shown], draw.rng)
-    [name] = draw_names([concept], draw.rng)
+    [name] = draw_names([concept], draw.others, draw.rng)
     return Task(
         kind="oct",
         photos=[views[concept.name].named, views[shown.name].shown],
@@ -447,7 +451,7 @@ def make_single_ict_task(draw):
     """A caption of another picture of one concept."""
     concept = draw.concept
     views = draw_views([concept, concept], draw.rng)[concept.name]
-    [name] = draw_names([concept], draw.rng)
+    [name] = draw_names([concept], draw.others, draw.rng)
     return Task(
         kind="single_ict",
         photos=[views.named, views.shown],
@@ -461,7 +465,7 @@ def make_multi_ict_task(draw):
     """A caption of a scene of two or three concepts."""
     concepts = [draw.concept, *draw.others[: draw.rng.choice([1, 2])]]
     views = draw_views(concepts + concepts, draw.rng)
-    names = draw_names(concepts, draw.rng)
+    names = draw_names(concepts, draw.others, draw.rng)
     references = [views[concept.name].named for concept in concepts]
     shown = [views[concept.name].shown for concept in concepts]
     scene, boxes = collage(shown, draw.side, draw.seed)
@@ -505,6 +509,7 @@ def make_tasks(concepts, shares, count, side, unit, seed):
 
 
 # -------------------------------------------------------------- stage 1, too: a given list of tasks
+ORIENTATION = 0x0112  # an EXIF tag; from 5 on the picture lies on its side
 KIND_OF_METHOD = {
     "yes_no": "oct",
     "iou": "vlt",
@@ -558,7 +563,7 @@ def read_solution(kind, solution, size):
 
 
 def read_task(record, folder, unit, rng):
-    """A record of a list as a Task, whose boxes are in pixels of the picture's file.
+    """A record of a list as a Task, whose boxes are in pixels of the picture, the right way up.
 
     Raises one of UNREADABLE for a record in another form and for a picture that is not there.
     """
@@ -578,6 +583,8 @@ def read_task(record, folder, unit, rng):
         want(path.is_file(), f"the picture {path}, which is not there")
         with Image.open(path, formats=FORMATS) as picture:  # reads no pixels yet
             size = picture.size
+            if picture.getexif().get(ORIENTATION, 1) >= 5:  # the model sees it turned
+                size = size[::-1]
         photos.append(Photo(name, partial(read_photo, path)))
 
     endings = {"oct": YES_OR_NO, "vlt": BOX_FORM[unit]}

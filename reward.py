@@ -37,11 +37,12 @@ Where it departs from the RRG paper and its authors' research code:
 4. Every single-token spelling of yes and no counts, not only the lower-case ones; and a share
    stays what it is where no belief reaches 0.3. (The research code halves it there.)
 5. The listener is asked whether *every part* of a description fits, and reads both of its fields.
-6. The prompt says "the main subject" where the category is not known, as of a photo from
-   somebody's phone. Where it is, the prompt gives it, as the paper's do.
-7. The length reward pays 5 to 6 words and one sentence of 4 to 40 words, as the prompt asks. (The
-   research code takes 0.2 off for more than one sentence or fewer than 20 words, and 0.1 for a
-   coarse phrase that has not 6 to 8 words.)
+6. Wordings are our own; what they ask for is in the paper's figures 6 to 8. The speaker is asked
+   about "the main subject" where the category is not known, as of a photo from somebody's phone.
+   Where it is, the prompt gives it, as the paper's prompts do.
+7. The length reward is on, with a small weight, and pays 5 to 6 words and one sentence of 4 to 40
+   words, as the prompt asks. (The research code's is off by default; it takes 0.2 off for more than
+   one sentence or fewer than 20 words, and 0.1 for a coarse phrase that has not 6 to 8 words.)
 
 Shapes: N descriptions, K photos in a pool, V vocabulary.
 """

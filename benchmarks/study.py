@@ -164,14 +164,14 @@ CLAIMS = [
         "SFT",
         "base",
         "names_1_wrong_f1",
-        "RePIC, Table 3",
+        "RePIC, Table 3 (not on DreamBooth)",
     ),
     Claim(
         "SFT falls for a wrong reference more than RePIC",
         "SFT",
         "RePIC",
         "names_1_wrong_f1",
-        "RePIC, Table 3",
+        "RePIC, Table 3 (not on DreamBooth)",
     ),
     Claim(
         "hard negatives beat random ones in hard games", "RRG", "RRG, random negatives", "oracle"

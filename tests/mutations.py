@@ -448,8 +448,8 @@ MUTATIONS = [
     Mutation(
         "a name that is the thing's own",
         "repic.py",
-        "others = [name for name in names if name.lower() not in own]",
-        "others = [name for name in names if name.lower() in own] * 9",
+        "free = [name for name in names if name.lower() not in in_use]",
+        "free = [name for name in names if name.lower() in in_use] * 9",
         "repic",
     ),
     Mutation(

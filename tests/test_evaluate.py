@@ -655,9 +655,10 @@ def test_options_are_read(tmp_path):
 
 
 def test_a_protocol_sets_what_is_not_given():
-    command = ["--data", "x", "--model", "y", "--protocol", "myvlm"]
+    command = ["--data", "x", "--model", "y", "--all", "--protocol", "myvlm"]
     options = evaluate.read_settings(command)
-    assert (options.references, options.k) == (1, 3)
+    assert (options.references, options.k, options.seed) == (1, 3, 23)
+    assert evaluate.read_settings([*command, "--seed", "42"]).seed == 42
     assert options.embedder == "openai/clip-vit-large-patch14-336"
     options = evaluate.read_settings([*command, "--references", "2", "--embedder", ""])
     assert (options.references, options.embedder) == (2, "")
@@ -667,7 +668,9 @@ def test_a_protocol_sets_what_is_not_given():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--protocol", "perva"], "--protocol is about a benchmark's photos: give --data"),
+        (["--protocol", "perva", "--all"], "--protocol is about a benchmark's photos: give"),
+        (["--protocol", "perva", "--data", "x"], "--protocol wants --all or, of concepts that"),
+        (["--all", "--train-concepts", "3"], "--all tests every concept, --train-concepts all"),
         (["--show-reference"], "--show-reference wants a real --model"),
         (["--k", "1"], "--k must be at least 2"),
         (["--k", "27"], "--k must be at most 26"),

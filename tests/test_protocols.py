@@ -112,6 +112,15 @@ def test_the_parts_of_a_table(myvlm):
     assert names(benchmark.parts["all"].known) == everything
     assert names(benchmark.parts["all"].tested) == everything
 
+    run = myvlm.parent / "run"
+    run.mkdir(exist_ok=True)
+    parts = {"train": ["bull", "owl"], "test": ["cat", "cup", "pig"], "unseen": ["rex"]}
+    (run / "config.json").write_text(json.dumps({"concepts": parts}))
+    options = settings(data=str(myvlm), adapter=[str(run / "adapter")])
+    benchmark = protocols.load_benchmark(None, options)
+    assert names(benchmark.parts["seen"].tested) == {"cat", "cup", "pig"}
+    assert names(benchmark.parts["unseen"].tested) == {"rex"}
+
     (myvlm / "trained.txt").write_text("owl\ncat\n")
     trained = str(myvlm / "trained.txt")
     benchmark = protocols.load_benchmark(None, settings(data=str(myvlm), train_concepts=trained))
@@ -121,6 +130,8 @@ def test_the_parts_of_a_table(myvlm):
     assert names(benchmark.parts["all"].tested) == others
     assert names(benchmark.concepts) == benchmark.splits.keys() == others
 
+    with pytest.raises(DataError, match="none is left to test"):
+        protocols.load_benchmark(None, settings(data=str(myvlm), train_concepts="6"))
     options = settings(data=str(myvlm), train_concepts=trained, all=True)
     assert names(protocols.load_benchmark(None, options).concepts) == everything
 

@@ -1,5 +1,6 @@
 """RePIC and SFT: what is asked, what a rule pays, and that they train by the same learner."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -166,12 +167,14 @@ def test_each_task_draws_its_own_names(concepts, kind):
 
 
 def test_nothing_is_called_by_its_own_name():
-    """Not even by chance: of a hundred names all but these two are drawn."""
-    concepts = [painted("aiko", "person"), painted("Alma", "person")]
+    """Nor by that of another thing: of a hundred names all but these three are drawn."""
+    concepts = [painted("aiko", "person"), painted("people/Alma", "person")]
+    others = [painted("bela", "person")]
     drawn = set()
     for seed in range(500):
-        drawn |= set(repic.draw_names(concepts, random.Random(seed)))
-    assert drawn == {f"<{name}>" for name in repic.GIVEN_NAMES} - {"<Aiko>", "<Alma>"}
+        drawn |= set(repic.draw_names(concepts, others, random.Random(seed)))
+    in_use = {"<Aiko>", "<Alma>", "<Bela>"}
+    assert drawn == {f"<{name}>" for name in repic.GIVEN_NAMES} - in_use
 
 
 def test_the_toy_world_uses_names_that_its_model_can_spell():
@@ -537,14 +540,29 @@ def test_sft_scores_its_answers_once(learner, monkeypatch):
 
     monkeypatch.setattr(mllm, "log_probs", count)
     tasks = toy_tasks("single_ict", 3)
-    config = repic.Config(sft=True, samples=1, beta=0.0, micro=2, mu=2, min_chars=30)
+    config = repic.Config(sft=True, samples=1, beta=0.0, micro=2, mu=2, min_chars=10_000)
     metrics, _ = repic.train_step(mllm, tasks, optimizer, 0, config, {})
+    # It learns its answers whatever RePIC's rules would pay: these are too short.
+    assert metrics["reward"] == 0
+    assert metrics["grad_norm"] > 0
     assert passes == [True] * 4  # two micro-batches, twice
     assert metrics["clip_fraction"] == 0
 
 
 def test_sft_learns_what_the_model_says_of_real_photos(random_mllm, concepts, monkeypatch):
+    """With LoRA off."""
+    switches = []
+
+    @contextlib.contextmanager
+    def lora_off(model):
+        switches.append("off")
+        yield
+        switches.append("on")
+
+    monkeypatch.setattr(repic, "lora_off", lora_off)
+
     def greedy(prompts, max_tokens):
+        assert switches == ["off"]
         return [f"a picture of {prompt.photos[0].name}" for prompt in prompts]
 
     monkeypatch.setattr(random_mllm, "greedy", greedy)

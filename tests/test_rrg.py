@@ -362,7 +362,7 @@ def positives(games):
 
 def negatives(games):
     """Of each game, in any order."""
-    return [{photo for photo in game.pool if photo != game.pool[game.positive]} for game in games]
+    return [set(game.pool) - {game.pool[game.positive]} for game in games]
 
 
 def test_games_are_mined_as_the_settings_say_and_measured_in_hard_ones(toy_mllm, monkeypatch):
