@@ -21,6 +21,9 @@ Layouts that `load_concepts` reads, told apart by the folders that the photos li
     <root>/<number>/*.jpg with *.npy                     ObjectsWithStateChange; the array gives
                                                          each number's category
 
+What cannot be used is skipped, counted and reported. What reading a photo has shown is remembered
+in runs/photos.json, so that a second start need not read the pixels of files that are as they were.
+
 Where it departs from the RRG paper and its authors' research code:
 1. Each game is drawn with a generator of its own, seeded by a text such as "game 0 mug/1.jpg" and
    never by Python's hash(): the same seed makes the same games on every machine, and adding or
@@ -32,12 +35,16 @@ Where it departs from the RRG paper and its authors' research code:
 4. Without --train-concepts a fifth of the concepts, and of four categories or more some whole
    categories, are never trained on. (The research code trains on .65 of the concepts of categories
    with eight or more.)
+5. A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as its shorter
+   side stays at least DETAIL pixels. That is more than a model is shown, and takes half the time;
+   what it is shown differs a little from the whole picture made small.
 
 Shapes: K photos in a pool, D width of the vectors that similarity is measured with.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import random
@@ -45,21 +52,42 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import PIL
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from lora import write_json, write_text
+
+try:
+    import pillow_heif
+except ImportError:  # not required: HEIC is read where it happens to be installed
+    pillow_heif = None
+
 # What photos are opened as, whatever they are called. (The MPO of some phones is a kind of JPEG.
 # Other formats that Pillow knows, such as EPS, are read by starting other programs.)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 LONGEST = 200  # times as long as wide: the vision tower's own limit
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".gif", ".dng"}  # what phones make, reported
+# A JPEG is decoded no larger than needed: its shorter side stays at least this long. So no model
+# looks at more pixels than DETAIL**2, the most that --max-pixels may ask for.
+DETAIL = 1280
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIC_HEADS = {b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1"}  # bytes 4 to 11 of such a file
+HEIC_ADVICE = "a HEIC picture; pip install pillow-heif, or save it as JPEG"
+if pillow_heif is not None:
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+    PHOTO_SUFFIXES |= HEIC_SUFFIXES
+# What else phones and cameras make, which is reported.
+VIDEO_SUFFIXES = {".mov", ".mp4", ".m4v", ".3gp", ".avi", ".mkv", ".webm"}
+UNREAD_SUFFIXES = {".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 NOT_CONCEPTS = {"laion", "negative_example"}  # unrelated photos that some benchmarks ship
 # Categories that PerVA's folders abbreviate, in the words of the RRG authors' prompts.
 CATEGORY_WORDS = {
@@ -72,14 +100,17 @@ WRAPPERS = {"dataset", "yollava-data", "perva-data"}  # folders that hold a whol
 DRAWS = 1000  # of `pick_concepts`
 POOL = 3  # concepts that are left to train on at least, if there are four
 LFS_POINTER = b"version https://git-lfs"
+NAMED = 12  # things that are named when a folder is reported
 # What Pillow raises on files that are no pictures, or too large ones.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombWarning,
-    Image.DecompressionBombError,
-)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Pillow warns of pictures that are too large, and `read_photo` refuses them. (To make it raise the
+# warning is no way out: photos are read in several threads, which share the filters of warnings.)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# The index of photos, in the working directory, and what it is true for: other programs may read
+# other pixels.
+INDEX = pathlib.Path("runs/photos.json")
+READER = f"Pillow {PIL.__version__}, {' '.join(FORMATS)}, shorter side {DETAIL}"
 
 
 class DataError(Exception):
@@ -92,8 +123,13 @@ def one_line_errors(message, *errors):
     try:
         yield
     except errors as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{message}: {lines[0]}") from error
+        raise DataError(f"{message}: {first_line(error)}") from error
+
+
+def first_line(error):
+    """What an exception says, in one line; its name if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 # ----------------------------------------------------------------------------------- the types
@@ -109,6 +145,8 @@ class Photo:
     part: str = field(default="", repr=False, compare=False)
     # A hash of size and pixels, by which copies are found; "" of what was drawn by a seed.
     pixels: str = field(default="", repr=False, compare=False)
+    # False: a scene that is never met again, so that its features need not be remembered.
+    kept: bool = field(default=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -169,40 +207,155 @@ def read_photo(path):
     """A photo as an RGB picture the right way up.
 
     EXIF rotation is applied, transparency is put on white; palettes, CMYK and 16 bit are
-    converted. Raises DataError for a Git-LFS pointer and one of UNREADABLE for what is no picture
-    that the model can look at.
+    converted; a large JPEG is made smaller (departure 5). Raises DataError for a Git-LFS pointer
+    and one of UNREADABLE for what is no picture that the model can look at.
     """
     with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise DataError(
-                f"{path} is a Git-LFS pointer, not a picture: run 'git lfs pull' where it was "
-                "cloned"
-            )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"more than {LONGEST} times as long as wide")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert alone would clip at 255
-                image = image.point(lambda value: value / 256).convert("L")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise DataError(
+            f"{path} is a Git-LFS pointer, not a picture: run 'git lfs pull' where it was cloned"
+        )
+    if "HEIF" not in FORMATS and head[4:12] in HEIC_HEADS:
+        raise ValueError(HEIC_ADVICE)
+
+    with Image.open(path, formats=FORMATS) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"more than {LONGEST} times as long as wide")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+        image.draft(None, (DETAIL, DETAIL))  # of a JPEG; others stay as they are
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert alone would clip at 255
+            image = image.point(lambda value: value / 256).convert("L")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
 
 
 def fingerprint(picture):
     """A hash of size and pixels: the same for all copies of a picture, whatever their files are
-    called."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    called. (A large JPEG saved again as a PNG is no such copy: it is read at another size.)"""
+    found = hashlib.sha256(repr(picture.size).encode())
+    found.update(picture.tobytes())
+    return found.hexdigest()
 
 
 def natural(path):
     """Sort key that puts 10.jpg after 9.jpg."""
     parts = re.split(r"(\d+)", str(path))
     return [int(part) if part.isdecimal() else part.lower() for part in parts]
+
+
+# ------------------------------------------------------------------ what reading them has shown
+@dataclass(frozen=True)
+class Reading:
+    """What came of reading a file, when it had this size and this time of change."""
+
+    size: int  # bytes
+    changed: int  # nanoseconds
+    pixels: str  # hash, or "" of a file that cannot be read
+    problem: str  # why it cannot be read, or ""
+
+    def is_of(self, path):
+        """Whether the file is as it was."""
+        status = os.stat(path)
+        return (self.size, self.changed) == (status.st_size, status.st_mtime_ns)
+
+
+def try_photo(path):
+    """Read a photo for its hash.   -> Reading"""
+    size = -1
+    changed = -1
+    try:
+        status = os.stat(path)
+        size = status.st_size
+        changed = status.st_mtime_ns
+        return Reading(size, changed, fingerprint(read_photo(path)), problem="")
+    except UNREADABLE as error:
+        # An error of the system's, such as a permission that is missing, may be mended without a
+        # change of the file. So the next start must try it again.
+        if getattr(error, "errno", None) is not None:
+            changed = -1
+        return Reading(size, changed, pixels="", problem=first_line(error))
+
+
+def load_index():
+    """What is known of photos that were read before.   -> {absolute path: Reading}
+
+    Raises DataError where the index was damaged, or made by another program.
+    """
+    if not INDEX.exists():
+        return {}
+    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with one_line_errors(f"{INDEX} cannot be used and is made anew", *errors):
+        content = json.loads(INDEX.read_text(encoding="utf-8"))
+        if content["reader"] != READER:
+            raise ValueError("it was made with other versions of the programs that read photos")
+        index = {}
+        for path, entry in content["photos"].items():
+            reading = Reading(**entry)
+            kinds = [type(value) for value in vars(reading).values()]
+            if kinds != [int, int, str, str] or bool(reading.pixels) == bool(reading.problem):
+                raise ValueError(f"the entry of {path}")
+            index[path] = reading
+        return index
+
+
+def save_index(root, readings, log):
+    """Add readings {path: Reading} to the index, and drop files below `root` that are gone."""
+    index = {}
+    with contextlib.suppress(DataError):
+        index = load_index()  # anew: another process may have added to it
+    for path, reading in readings.items():
+        index[os.path.abspath(path)] = reading
+
+    below = os.path.join(os.path.abspath(root), "")
+    entries = {}
+    for path, reading in index.items():
+        if not path.startswith(below) or os.path.lexists(path):
+            entries[path] = vars(reading)
+    try:
+        INDEX.parent.mkdir(parents=True, exist_ok=True)
+        write_json(INDEX, {"reader": READER, "photos": entries})
+    except OSError as error:
+        log(f"cannot write {INDEX}, so the next start reads all photos: {first_line(error)}")
+
+
+def read_photos(root, paths, log):
+    """Read photos for their hashes, but not the pixels of those that are known from the index.
+
+    On all cores: threads will do, since Pillow and hashlib work outside of Python's lock. What was
+    read is kept even if a Git-LFS pointer or Ctrl-C ends it.   -> {path: Reading}
+    """
+    try:
+        index = load_index()
+    except DataError as error:
+        log(str(error))
+        index = {}
+
+    readings = {}
+    new = []
+    for path in paths:
+        known = index.get(os.path.abspath(path))
+        if known is not None and known.is_of(path):
+            readings[path] = known
+        else:
+            new.append(path)
+    if not new:
+        return readings
+
+    threads = ThreadPoolExecutor(os.cpu_count())
+    tried = threads.map(try_photo, new)
+    try:
+        for path in tqdm(new, desc="reading photos", unit="photo", leave=False):
+            readings[path] = next(tried)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        save_index(root, readings, log)
+    return readings
 
 
 # ------------------------------------------------------------------- from a folder to concepts
@@ -260,13 +413,12 @@ def read_classes(file):
 class Place:
     """What the folders of a photo say of it."""
 
-    folders: list[str]  # [concept] or [category, concept]
+    folders: list[str]  # [concept] or [category, concept]; [] of a loose photo, in the root itself
     part: str  # "train", "test" or ""
 
 
-def parse_folders(path, root, allow_loose):
-    """Read a photo's Place off its path. allow_loose: a photo in the root itself is a concept
-    named as its file. Raises DataError for a photo that lies nowhere in particular."""
+def parse_folders(path, root):
+    """Read a photo's Place off its path.   -> Place, whose folders may be too few or too many"""
     # PerVA has a layer of folders called "all".
     folders = [folder for folder in path.relative_to(root).parts[:-1] if folder != "all"]
     if len(folders) > 1 and folders[0] in WRAPPERS:
@@ -276,16 +428,50 @@ def parse_folders(path, root, allow_loose):
     if folders and folders[0].rstrip("_") in ("train", "test"):  # some are called train_, test_
         part = folders[0].rstrip("_")
         folders = folders[1:]
-
-    if allow_loose and not folders:
-        folders = [path.stem]
-    if not 1 <= len(folders) <= 2:
-        where = "too deep below" if folders else "beside"
-        raise DataError(
-            f"{path} lies {where} the concept folders; expected <concept>/photo or "
-            "<category>/<concept>/photo"
-        )
     return Place(folders, part)
+
+
+def refuse_ambiguous_folders(places):
+    """Raise DataError where a folder has photos itself and in a folder inside.
+
+    places {path: Place}
+    """
+    outer_folders = {}  # {name of a folder with photos: that folder}
+    for path, place in places.items():
+        if len(place.folders) == 1:
+            outer_folders[place.folders[0]] = path.parent
+    for path, place in places.items():
+        if len(place.folders) == 2 and place.folders[0] in outer_folders:
+            name = place.folders[0]
+            outer = outer_folders[name]
+            inner = path.parent
+            raise DataError(
+                f"{outer} has photos itself, and so has {inner}: is {name} a thing or a category? "
+                f"If a thing, move the photos of {inner} up into {outer}; if a category, move the "
+                f"photos that lie in {outer} itself into a folder of their own in there"
+            )
+
+
+def reason_to_skip(path, root):
+    """Why a file is left out, by its path alone: what the log calls such files, or ""."""
+    name = path.relative_to(root)
+    parts = name.parts
+    suffix = path.suffix.lower()
+    if any(part.startswith(".") for part in parts):
+        return "hidden files"
+    if any(part in NOT_CONCEPTS for part in parts):
+        return "unrelated photos, in folders called " + " or ".join(sorted(NOT_CONCEPTS))
+    if suffix in VIDEO_SUFFIXES:
+        return "videos"
+    if suffix in UNREAD_SUFFIXES:
+        return "files of a kind that is not read here (save them as JPEG or PNG)"
+    if suffix not in PHOTO_SUFFIXES:
+        return "HEIC pictures (pip install pillow-heif, or save them as JPEG)"
+    try:
+        str(name).encode("utf-8")
+    except UnicodeEncodeError:  # it could not be written into any record
+        return "photos whose names are not UTF-8"
+    return ""
 
 
 class Found:
@@ -293,10 +479,7 @@ class Found:
 
     def __init__(self):
         self.photos = defaultdict(list)  # {(category, concept name): [Photo]}
-        self.unsupported = []
-        self.broken = []
-        self.copies = []
-        self.shared = []
+        self.skipped = defaultdict(list)  # {kind, in words: [file name, perhaps with a reason]}
 
     def leave_out_copies(self):
         """Of the copies of a picture keep one; none where they are of different concepts.
@@ -316,9 +499,9 @@ class Found:
             kept = {}  # {pixels: Photo}
             for photo in photos:
                 if len(owners[photo.pixels]) > 1:
-                    self.shared.append(photo.name)
+                    self.skipped["photos that lie in the folders of two things"].append(photo.name)
                 elif photo.pixels in kept or (photo.part == "test" and photo.pixels in in_train):
-                    self.copies.append(photo.name)
+                    self.skipped["copies of another photo of the same thing"].append(photo.name)
                 else:
                     kept[photo.pixels] = photo
             self.photos[concept] = list(kept.values())
@@ -345,23 +528,32 @@ class Found:
             concepts.append(Concept(name, category, photos))
         return sorted(concepts, key=lambda concept: natural(concept.name))
 
-    def report(self, least, log):
-        """Say what was skipped, and how much of it."""
-        too_few = [name for (_, name), photos in self.photos.items() if len(photos) < least]
-        for what, names in (
-            ("files of a kind that is not read here (save them as JPEG or PNG)", self.unsupported),
-            ("photos that cannot be read", self.broken),
-            ("copies of another photo of the same thing", self.copies),
-            ("photos that lie in the folders of two things", self.shared),
-            ("concepts with one photo only", too_few),
-        ):
+    def report(self, least, log, skipped_file):
+        """Say what was skipped, and how much of it; each file goes into skipped_file, if given."""
+        for photos in self.photos.values():
+            if len(photos) < least:
+                alone = [photo.name for photo in photos]
+                self.skipped["things with one photo only"] += alone
+
+        lines = []
+        for kind, names in self.skipped.items():
             if names:
-                log(f"skipped {what}: {len(names)}, such as {printable(names[0])}")
+                log(f"skipped {kind}: {len(names)}, such as {printable(names[0])}")
+                lines += [f"{kind}: {printable(name)}\n" for name in names]
+        if skipped_file is None:
+            return
+        with one_line_errors(f"cannot write {skipped_file}", OSError):
+            write_text(skipped_file, "".join(lines))
+        if lines:
+            log(f"every file that was skipped, and why: {skipped_file}")
 
 
 def printable(name):
-    """A file name that any terminal can show; those that are not UTF-8 have their bytes spelled."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file name in one line that any terminal can show.
+
+    Of one that is not UTF-8 the bytes are spelled.
+    """
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8").replace("\n", "\\n")
 
 
 def files_below(root):
@@ -384,49 +576,69 @@ def files_below(root):
     return sorted(paths, key=natural)
 
 
-def load_concepts(root, log=print, least=2):
+def find_photos(root, found, allow_loose):
+    """Where the photos below a folder lie. What is no photo of a thing is added to found.skipped.
+
+    -> {path: Place} in natural order
+    """
+    places = {}
+    known = PHOTO_SUFFIXES | HEIC_SUFFIXES | VIDEO_SUFFIXES | UNREAD_SUFFIXES
+    for path in files_below(root):
+        if path.suffix.lower() not in known:
+            continue
+        name = path.relative_to(root)
+        kind = reason_to_skip(path, root)
+        if kind:
+            found.skipped[kind].append(name)
+            continue
+        place = parse_folders(path, root)
+        if not place.folders and not allow_loose:
+            kind = "photos beside the folders of things (give each thing a folder)"
+            found.skipped[kind].append(name)
+        elif len(place.folders) > 2:
+            kind = "photos too deep below (expected <thing>/photo or <category>/<thing>/photo)"
+            found.skipped[kind].append(name)
+        elif not path.is_file():  # a pipe would be waited for
+            found.skipped["photos that cannot be read"].append(f"{name} (not a file)")
+        else:
+            places[path] = place
+    refuse_ambiguous_folders(places)
+    return places
+
+
+def load_concepts(root, log=print, least=2, skipped_file=None):
     """Read a folder of photos.   -> [Concept, ...] sorted by name, each with `least` photos or more
 
-    Every photo is read once, so that a broken one is found now and not in the middle of training.
-    Broken photos, copies (see `Found.leave_out_copies`), and concepts left with too few are
-    skipped, counted and reported through `log`. If one photo is enough (least=1), a photo
-    in the root itself is a concept named as its file. Raises DataError for a folder without
-    concepts, for a photo that lies too deep, and for Git-LFS pointers.
+    Every photo is read once, so that a broken one is found now and not in the middle of training;
+    what that showed is known to the next start (`read_photos`). Photos that cannot be read or lie
+    nowhere in particular, copies (see `Found.leave_out_copies`), and concepts left with too few are
+    skipped, counted and reported through `log`, and each file, with the reason, is a line of
+    skipped_file, if given. If one photo is enough (least=1), a photo in the root itself is a
+    concept named as its file. Raises DataError for a folder without concepts, for a concept's
+    folder with photos in a folder inside, and for Git-LFS pointers.
     """
     root = find_folder(root)
     categories = known_categories(root, log)
     found = Found()
-    for path in tqdm(files_below(root), desc="reading photos", leave=False):
+    places = find_photos(root, found, allow_loose=least == 1)
+    readings = read_photos(root, places, log)
+    for path, place in places.items():
         name = path.relative_to(root)
-        if path.suffix.lower() in UNREAD_SUFFIXES:
-            found.unsupported.append(name)
-        if path.suffix.lower() not in PHOTO_SUFFIXES:
-            continue
-        if any(part.startswith(".") or part in NOT_CONCEPTS for part in name.parts):
+        reading = readings[path]
+        if reading.problem:
+            found.skipped["photos that cannot be read"].append(f"{name} ({reading.problem})")
             continue
 
-        place = parse_folders(path, root, allow_loose=least == 1)
-        try:
-            str(name).encode("utf-8")  # or it could not be written into any record
-            if not path.is_file():  # a pipe would be waited for
-                raise OSError("not a file")
-            # A Git-LFS pointer raises DataError and ends it here: there will be more of them.
-            pixels = fingerprint(read_photo(path))
-        except UNREADABLE as error:
-            found.broken.append(f"{name} ({error})")
-            continue
-
+        concept = place.folders[-1] if place.folders else path.stem
+        category = categories.get(concept, "object")
         if len(place.folders) == 2:
-            category, concept = place.folders
-            category = CATEGORY_WORDS.get(category, category)
-        else:
-            [concept] = place.folders
-            category = categories.get(concept, "object")
-        photo = Photo(str(name), partial(read_photo, path), part=place.part, pixels=pixels)
+            category = CATEGORY_WORDS.get(place.folders[0], place.folders[0])
+        load = partial(read_photo, path)
+        photo = Photo(str(name), load, part=place.part, pixels=reading.pixels)
         found.photos[category, concept].append(photo)
 
     found.leave_out_copies()
-    found.report(least, log)
+    found.report(least, log, skipped_file)
     concepts = found.concepts(least)
     if not concepts:
         wanted = "two readable photos" if least == 2 else "a readable photo"
@@ -434,7 +646,37 @@ def load_concepts(root, log=print, least=2):
             f"{root} has no concept with {wanted}; put the photos of each thing in a folder of "
             "its own"
         )
+    log(in_a_line(concepts))
     return concepts
+
+
+def in_a_line(concepts):
+    """What was found: "3 things: bo 4 photos, mug 6 photos, rex 2 photos".
+
+    With the categories, if there are any, and in their order; of many things, the first are named.
+    """
+    parts = []
+    title = plural(len(concepts), "thing")
+    categories = {concept.category for concept in concepts}
+    if categories == {"object"}:
+        in_order = concepts
+    else:
+        in_order = sorted(concepts, key=lambda concept: natural(concept.category))
+        title += f" in {len(categories)} categories" if len(categories) > 1 else " in 1 category"
+    for concept in in_order[:NAMED]:
+        name = concept.name
+        if categories != {"object"} and not name.startswith(f"{concept.category}/"):
+            name = f"{concept.category}/{name}"
+        parts.append(f"{printable(name)} {plural(len(concept.photos), 'photo')}")
+    if len(concepts) > NAMED:
+        others = sum(len(concept.photos) for concept in in_order[NAMED:])
+        parts.append(f"and {len(concepts) - NAMED} more with {plural(others, 'photo')}")
+    return f"{title}: {', '.join(parts)}"
+
+
+def plural(count, word):
+    """-> "1 photo", "2 photos" """
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def tag(name):

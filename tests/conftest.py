@@ -68,6 +68,14 @@ def save_checkpoint(folder, model, tokenizer, patch_size, min_pixels, max_pixels
         part.save_pretrained(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def leave_the_repository(tmp_path_factory):
+    """What goes to the working directory, such as runs/photos.json, stays out of the repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_mllm():
     """The shipped toy model. It must stay as it is: a test that adds adapters loads another."""

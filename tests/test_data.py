@@ -1,16 +1,23 @@
 """Folders of photos, broken ones too, become the games that the method asks for."""
 
 import hashlib
+import importlib.util
+import json
 import math
 import os
+import pathlib
 import shutil
+import sys
+import threading
+import types
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data
+from conftest import ROOT
 
 
 def make_photos(root, names):
@@ -127,7 +134,7 @@ def test_myvlm_layout(tmp_path):
     log = []
     found = photos_by_concept(data.load_concepts(tmp_path, log.append))
     assert list(found) == [("object", "bull"), ("object", "my_cat")]
-    assert log == []
+    assert log == ["2 things: bull 2 photos, my_cat 2 photos"]
 
 
 def test_photos_know_their_part(tmp_path):
@@ -154,9 +161,10 @@ def test_broken_photos_and_concepts_of_one_photo_are_counted(tmp_path):
     log = []
     found = photos_by_concept(data.load_concepts(tmp_path, log.append))
     assert found == {("object", "mug"): ["mug/1.jpg", "mug/2.jpg"]}
-    assert len(log) == 2
-    assert log[0].startswith("skipped photos that cannot be read: 2, such as")
-    assert log[1].startswith("skipped concepts with one photo only: 2, such as")
+    assert len(log) == 3
+    assert log[0].startswith("skipped photos that cannot be read: 2, such as cut/2.jpg (")
+    assert log[1] == "skipped things with one photo only: 2, such as cut/1.jpg"
+    assert log[2] == "1 thing: mug 2 photos"
 
 
 def copy(root, source, *targets):
@@ -173,7 +181,8 @@ def test_copies_of_a_photo_are_left_out_and_counted(tmp_path):
     [mug] = data.load_concepts(tmp_path, log.append)
     assert [photo.name for photo in mug.photos] == ["mug/1.jpg", "mug/2.jpg"]
     assert log == [
-        "skipped copies of another photo of the same thing: 1, such as mug/IMG 1 (copy).jpg"
+        "skipped copies of another photo of the same thing: 1, such as mug/IMG 1 (copy).jpg",
+        "1 thing: mug 2 photos",
     ]
 
 
@@ -185,7 +194,10 @@ def test_a_picture_of_two_things_is_left_out_of_both(tmp_path):
     cup, mug = data.load_concepts(tmp_path, log.append)
     assert [photo.name for photo in cup.photos] == ["cup/0.jpg", "cup/1.jpg", "cup/2.jpg"]
     assert [photo.name for photo in mug.photos] == ["mug/0.jpg", "mug/1.jpg"]
-    assert log == ["skipped photos that lie in the folders of two things: 2, such as cup/both.jpg"]
+    assert log == [
+        "skipped photos that lie in the folders of two things: 2, such as cup/both.jpg",
+        "2 things: cup 3 photos, mug 2 photos",
+    ]
 
 
 def test_a_test_photo_is_no_copy_of_one_to_train_on(tmp_path):
@@ -210,9 +222,9 @@ def test_one_odd_file_is_skipped(tmp_path):
     log = []
     [two] = data.load_concepts(tmp_path, log.append)
     assert [photo.name for photo in two.photos] == ["²/1.jpg", "²/2.jpg", "²/long.png"]
-    [line] = log
-    assert line.startswith("skipped photos that cannot be read: 5, such as ²/")
-    line.encode("utf-8")
+    odd_files, odd_name, _ = log
+    assert odd_name == "skipped photos whose names are not UTF-8: 1, such as ²/\\udcff.jpg"
+    assert odd_files.startswith("skipped photos that cannot be read: 4, such as ²/")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +262,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     log = []
     concepts = data.load_concepts(tmp_path / "root", log.append)
     assert [(concept.name, len(concept.photos)) for concept in concepts] == [("cup", 2), ("mug", 2)]
-    assert log == []
+    assert log == ["2 things: cup 2 photos, mug 2 photos"]
 
 
 @pytest.mark.parametrize("names", [("blue mug", "blue_mug"), ("!!", "cup")])
@@ -260,6 +272,7 @@ def test_two_things_have_two_names_in_prompts(tmp_path, names):
         data.load_concepts(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_a_broken_photo(tmp_path, monkeypatch):
     make_photos(tmp_path, ["mug/1.jpg", "mug/2.jpg", "mug/3.jpg"])
     Image.new("L", (64, 64)).save(tmp_path / "mug/4.png")
@@ -267,31 +280,151 @@ def test_a_decompression_bomb_is_a_broken_photo(tmp_path, monkeypatch):
     log = []
     [mug] = data.load_concepts(tmp_path, log.append)
     assert len(mug.photos) == 3
-    assert "mug/4.png" in log[0]
+    assert "mug/4.png (more than 3000 pixels)" in log[0]
 
 
 def test_a_phones_own_formats_are_not_silently_ignored(tmp_path):
     make_photos(tmp_path, ["mug/1.jpg", "mug/2.jpg"])
-    (tmp_path / "mug/3.HEIC").write_bytes(b"x")
+    for name in ("3.HEIC", "4.MOV", "5.mp4", "6.gif"):
+        (tmp_path / "mug" / name).write_bytes(b"x")
     log = []
     data.load_concepts(tmp_path, log.append)
     assert log == [
+        "skipped HEIC pictures (pip install pillow-heif, or save them as JPEG): 1, "
+        "such as mug/3.HEIC",
+        "skipped videos: 2, such as mug/4.MOV",
         "skipped files of a kind that is not read here (save them as JPEG or PNG): 1, "
-        "such as mug/3.HEIC"
+        "such as mug/6.gif",
+        "1 thing: mug 2 photos",
     ]
 
 
-@pytest.mark.parametrize(
-    "names, message",
-    [
-        ([], "has no concept with two readable photos"),
-        (["a/1.jpg"], "has no concept with two readable photos"),
-        (["1.jpg"], "lies beside the concept folders"),
-        (["a/b/c/1.jpg"], "too deep below"),
-    ],
-)
-def test_unusable_folders_say_what_to_do(tmp_path, names, message):
+def test_photos_that_lie_nowhere_in_particular_are_skipped(tmp_path):
+    names = ["stray.jpg", "train/stray.jpg", "a/b/c/deep.jpg", "pets/rex/1.jpg", "pets/rex/2.jpg"]
+    make_photos(tmp_path, [*names, "laion/1.jpg", "pets/rex/.1.jpg"])
+    log = []
+    concepts = data.load_concepts(tmp_path, log.append)
+    assert photos_by_concept(concepts) == {("pets", "rex"): ["pets/rex/1.jpg", "pets/rex/2.jpg"]}
+    assert log == [
+        "skipped photos too deep below (expected <thing>/photo or <category>/<thing>/photo): 1, "
+        "such as a/b/c/deep.jpg",
+        "skipped unrelated photos, in folders called laion or negative_example: 1, "
+        "such as laion/1.jpg",
+        "skipped hidden files: 1, such as pets/rex/.1.jpg",
+        "skipped photos beside the folders of things (give each thing a folder): 2, "
+        "such as stray.jpg",
+        "1 thing in 1 category: pets/rex 2 photos",
+    ]
+
+
+def test_every_skipped_file_is_a_line_of_a_file(tmp_path):
+    names = ["mug/1.jpg", "mug/2.jpg", "cup/only\none.jpg", "stray.jpg", "a/b/c/1.jpg"]
+    make_photos(tmp_path / "photos", names)
+    copy(tmp_path / "photos", "mug/1.jpg", "mug/3.jpg", "mug/4.jpg")
+    (tmp_path / "photos/mug/5.jpg").write_bytes(b"")
+    (tmp_path / "photos/mug/film.mov").write_bytes(b"")
+    (tmp_path / "photos/mug/notes.txt").write_text("no photo, and nobody took it for one")
+    log = []
+    data.load_concepts(tmp_path / "photos", log.append, skipped_file=tmp_path / "skipped.txt")
+    lines = (tmp_path / "skipped.txt").read_text().splitlines()
+    unread = [line for line in lines if line.startswith("photos that cannot be read: mug/5.jpg (")]
+    assert len(unread) == 1
+    assert sorted(set(lines) - set(unread)) == [
+        "copies of another photo of the same thing: mug/3.jpg",
+        "copies of another photo of the same thing: mug/4.jpg",
+        "photos beside the folders of things (give each thing a folder): stray.jpg",
+        "photos too deep below (expected <thing>/photo or <category>/<thing>/photo): a/b/c/1.jpg",
+        "things with one photo only: cup/only\\none.jpg",
+        "videos: mug/film.mov",
+    ]
+    assert f"every file that was skipped, and why: {tmp_path / 'skipped.txt'}" in log
+    # Of the next start, which skips nothing, no line stays.
+    for name in ("cup", "a", "stray.jpg", "mug/3.jpg", "mug/4.jpg", "mug/5.jpg", "mug/film.mov"):
+        path = tmp_path / "photos" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log.clear()
+    data.load_concepts(tmp_path / "photos", log.append, skipped_file=tmp_path / "skipped.txt")
+    assert (tmp_path / "skipped.txt").read_text() == ""
+    assert log == ["1 thing: mug 2 photos"]
+
+
+def test_what_was_skipped_is_written_though_nothing_is_left(tmp_path):
+    make_photos(tmp_path / "photos", ["mug/1.jpg", "stray.jpg"])
+    with pytest.raises(data.DataError, match="has no concept"):
+        data.load_concepts(tmp_path / "photos", skipped_file=tmp_path / "skipped.txt")
+    assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 2
+    with pytest.raises(data.DataError, match="^cannot write .*gone/skipped.txt: "):
+        data.load_concepts(tmp_path / "photos", skipped_file=tmp_path / "gone/skipped.txt")
+
+
+def test_a_folder_in_a_things_folder_is_asked_about(tmp_path):
+    make_photos(tmp_path, ["mug/1.jpg", "mug/2.jpg", "mug/blue/3.jpg", "mug/blue/4.jpg"])
+    mug = tmp_path / "mug"
+    with pytest.raises(data.DataError) as refused:
+        data.load_concepts(tmp_path)
+    assert str(refused.value) == (
+        f"{mug} has photos itself, and so has {mug}/blue: is mug a thing or a category? If a "
+        f"thing, move the photos of {mug}/blue up into {mug}; if a category, move the photos that "
+        f"lie in {mug} itself into a folder of their own in there"
+    )
+    # Each of the ways out is one.
+    shutil.copytree(mug, tmp_path / "again/mug")
+    for photo in (tmp_path / "again/mug/blue").iterdir():
+        photo.rename(tmp_path / "again/mug" / photo.name)
+    [thing] = data.load_concepts(tmp_path / "again")
+    assert len(thing.photos) == 4
+    (mug / "old").mkdir()
+    for photo in mug.glob("*.jpg"):
+        photo.rename(mug / "old" / photo.name)
+    shutil.rmtree(tmp_path / "again")
+    found = photos_by_concept(data.load_concepts(tmp_path))
+    assert list(found) == [("mug", "blue"), ("mug", "old")]
+
+
+def test_a_folder_in_another_part_of_a_benchmark_is_asked_about_too(tmp_path):
+    make_photos(tmp_path, ["train/mug/1.jpg", "train/mug/2.jpg", "test/mug/blue/3.jpg"])
+    with pytest.raises(data.DataError, match="is mug a thing or a category"):
+        data.load_concepts(tmp_path)
+
+
+def lines_about(names, tmp_path):
+    """What is logged of a folder with these photos."""
+    log = []
+    data.load_concepts(make_photos(tmp_path, names), log.append, least=1)
+    return log
+
+
+def test_what_was_found_is_told_in_a_line(tmp_path):
+    names = ["mug/1.jpg", "mug/2.jpg", "bo/1.jpg", "owl.jpg"]
+    [line] = lines_about(names, tmp_path)
+    assert line == "3 things: bo 1 photo, mug 2 photos, owl 1 photo"
+
+
+def test_a_loose_photo_and_a_category_may_be_called_alike(tmp_path):
+    [line] = lines_about(["owl.jpg", "owl/snowy/1.jpg"], tmp_path)
+    assert line == "2 things in 2 categories: object/owl 1 photo, owl/snowy 1 photo"
+
+
+def test_things_are_told_with_their_categories(tmp_path):
+    names = ["pets/rex/1.jpg", "pets/rex/2.jpg", "mugs/red/1.jpg", "pets/bo/1.jpg", "x/bo/1.jpg"]
+    [line] = lines_about(names, tmp_path)
+    assert line == (
+        "4 things in 3 categories: mugs/red 1 photo, pets/bo 1 photo, pets/rex 2 photos, "
+        "x/bo 1 photo"
+    )
+
+
+def test_of_many_things_the_first_are_told(tmp_path):
+    names = [f"{i}/{view}.jpg" for i in range(1, 16) for view in range(2)]
+    [line] = lines_about(names, tmp_path)
+    assert line.startswith("15 things: 1 2 photos, 2 2 photos, ")
+    assert line.endswith(", 12 2 photos, and 3 more with 6 photos")
+
+
+@pytest.mark.parametrize("names", [[], ["a/1.jpg"], ["1.jpg"], ["a/b/c/1.jpg"]])
+def test_unusable_folders_say_what_to_do(tmp_path, names):
     make_photos(tmp_path, names)
+    message = "has no concept with two readable photos; put the photos of each thing in a folder"
     with pytest.raises(data.DataError, match=message):
         data.load_concepts(tmp_path)
 
@@ -344,6 +477,282 @@ def test_pictures_of_every_kind_become_rgb(tmp_path, picture, suffix, options, c
     read = data.read_photo(file)
     assert read.mode == "RGB"
     assert read.getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize(
+    "size, read",
+    [
+        ((4000, 2600), (2000, 1300)),  # a third would do for 4000, but not for 2600
+        ((2559, 2600), (2559, 2600)),  # half of 2559 is less than 1280
+        ((5121, 5200), (1281, 1300)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path, size, read):
+    assert data.DETAIL == 1280
+    Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "large.jpg")
+    picture = data.read_photo(tmp_path / "large.jpg")
+    assert picture.size == read
+    assert np.abs(np.subtract(picture.getpixel((9, 9)), (200, 100, 50))).max() <= 2
+
+
+def test_other_pictures_keep_their_size_and_turned_ones_are_turned(tmp_path):
+    picture = Image.new("RGB", (2600, 3000), "red")
+    picture.save(tmp_path / "large.png", compress_level=1)
+    assert data.read_photo(tmp_path / "large.png").size == (2600, 3000)
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_photo(tmp_path / "turned.jpg").size == (1500, 1300)
+
+
+# ---------------------------------------------------------------------------------------- HEIC
+HEIC = b"\0\0\0\x1cftypheic" + b"what a phone writes"
+
+
+def test_heic_under_another_name_gets_its_advice(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(HEIC)
+    with pytest.raises(ValueError, match="^a HEIC picture; pip install pillow-heif, or save it"):
+        data.read_photo(tmp_path / "1.jpg")
+
+
+class FakeHeic(ImageFile.ImageFile):
+    """Reads any HEIC file as a grey picture, as large as the file is long."""
+
+    format = "HEIF"
+
+    def _open(self):
+        self._size = (len(self.fp.read()), 2)
+        self._mode = "L"
+        self.tile = []
+
+    def load(self):
+        self.im = Image.core.fill("L", self.size, 128)
+        self.pyaccess = None
+
+
+def is_heic(head):
+    return head[4:12] == b"ftypheic"
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+    def register_heif_opener():
+        monkeypatch.setitem(Image.OPEN, "HEIF", (FakeHeic, is_heic))
+
+    installed = types.SimpleNamespace(register_heif_opener=register_heif_opener)
+    monkeypatch.setitem(sys.modules, "pillow_heif", installed)
+    spec = importlib.util.spec_from_file_location("data_with_heic", data.__file__)
+    with_heic = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_with_heic", with_heic)
+    spec.loader.exec_module(with_heic)
+
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path, ["mug/1.jpg"])
+    (tmp_path / "mug/2.HEIC").write_bytes(HEIC)
+    (tmp_path / "mug/3.jpg").write_bytes(HEIC + b"x")
+    log = []
+    [mug] = with_heic.load_concepts(tmp_path, log.append)
+    assert log == ["1 thing: mug 3 photos"]
+    assert mug.photos[1].load().size == (len(HEIC), 2)
+    # What was read so is not known to the program without it, and the other way round.
+    assert with_heic.READER != data.READER
+
+
+# ------------------------------------------------------------------- what is known from last time
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a folder of photos: two of a mug, a copy of one, a broken one."""
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path, ["photos/mug/1.jpg", "photos/mug/2.jpg"])
+    copy(tmp_path, "photos/mug/1.jpg", "photos/mug/3.jpg")
+    (tmp_path / "photos/mug/4.jpg").write_bytes(b"broken")
+    return tmp_path
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files whose pixels are read, as it goes on."""
+    names = []
+    read_photo = data.read_photo
+
+    def watch(path):
+        names.append(path.name)
+        return read_photo(path)
+
+    monkeypatch.setattr(data, "read_photo", watch)
+    return names
+
+
+def test_the_suite_does_not_litter_the_repository():
+    assert not pathlib.Path.cwd().is_relative_to(ROOT)
+    assert data.INDEX == pathlib.Path("runs/photos.json")
+
+
+def test_a_second_start_reads_no_pixels_and_finds_the_same(here, read):
+    first_log = []
+    first = data.load_concepts("photos", first_log.append)
+    assert sorted(read) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    read.clear()
+    log = []
+    # From another folder's point of view they are the same files.
+    concepts = data.load_concepts(here / "photos", log.append)
+    assert read == []
+    assert [photo.pixels for photo in concepts[0].photos] == [
+        data.fingerprint(data.read_photo(here / "photos/mug" / name)) for name in ("1.jpg", "2.jpg")
+    ]
+    assert (concepts, log) == (first, first_log)
+    assert [line.split(":")[0] for line in log] == [
+        "skipped photos that cannot be read",
+        "skipped copies of another photo of the same thing",
+        "1 thing",
+    ]
+
+
+def test_only_what_changed_is_read_again(here, read):
+    data.load_concepts("photos", ignore)
+    read.clear()
+    mug = here / "photos/mug"
+    # One of the same size but another time, one of the same time but another size, a new one.
+    os.utime(mug / "1.jpg", ns=(1, 1))
+    moment = (mug / "4.jpg").stat().st_mtime_ns
+    shutil.copy(mug / "2.jpg", mug / "4.jpg")
+    os.utime(mug / "4.jpg", ns=(moment, moment))
+    make_photos(mug, ["5.jpg"])
+    log = []
+    [concept] = data.load_concepts("photos", log.append)
+    assert sorted(read) == ["1.jpg", "4.jpg", "5.jpg"]
+    assert [photo.name for photo in concept.photos] == ["mug/1.jpg", "mug/2.jpg", "mug/5.jpg"]
+    assert log[0] == ("skipped copies of another photo of the same thing: 2, such as mug/3.jpg")
+
+
+def test_the_index_holds_what_is_there(here):
+    data.load_concepts("photos", ignore)
+    make_photos(here, ["others/cup/1.jpg", "others/cup/2.jpg"])
+    data.load_concepts("others", ignore)
+    (here / "photos/mug/2.jpg").unlink()
+    (here / "others/cup/2.jpg").unlink()
+    make_photos(here, ["photos/mug/9.jpg"])
+    data.load_concepts("photos", ignore)
+    content = json.loads((here / "runs/photos.json").read_text())
+    assert content["reader"] == data.READER
+    # What is gone is forgotten where one looked, and kept elsewhere.
+    names = ["others/cup/1.jpg", "others/cup/2.jpg"]
+    names += [f"photos/mug/{i}.jpg" for i in (1, 3, 4, 9)]
+    assert sorted(content["photos"]) == [str(here / name) for name in names]
+    status = (here / "photos/mug/4.jpg").stat()
+    entry = content["photos"][str(here / "photos/mug/4.jpg")]
+    assert entry.pop("problem").startswith("cannot identify image file")
+    assert entry == {"size": 6, "changed": status.st_mtime_ns, "pixels": ""}
+    assert os.listdir(here / "runs") == ["photos.json"]
+
+
+GOOD_ENTRY = {"size": 1, "changed": 1, "pixels": "ab", "problem": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "[]",
+        json.dumps({"reader": "another Pillow", "photos": {}}),
+        json.dumps({"reader": data.READER}),
+        json.dumps({"reader": data.READER, "photos": {"x": [1, 2]}}),
+        json.dumps({"reader": data.READER, "photos": {"x": GOOD_ENTRY | {"pixels": 7}}}),
+        json.dumps({"reader": data.READER, "photos": {"x": GOOD_ENTRY | {"pixels": ""}}}),
+        json.dumps({"reader": data.READER, "photos": {"x": GOOD_ENTRY | {"more": 1}}}),
+    ],
+)
+def test_an_index_that_is_none_is_made_anew(here, read, text):
+    (here / "runs").mkdir()
+    (here / "runs/photos.json").write_text(text)
+    log = []
+    data.load_concepts("photos", log.append)
+    assert log[0].startswith("runs/photos.json cannot be used and is made anew: ")
+    assert len(log) == 4
+    assert len(read) == 4
+    data.load_concepts("photos", log.append)
+    assert len(read) == 4
+
+
+def test_an_index_that_cannot_be_written_is_told(here):
+    (here / "runs").write_text("a file")
+    log = []
+    assert data.load_concepts("photos", log.append)
+    assert log[0].startswith("cannot write runs/photos.json, so the next start reads all photos: ")
+
+
+def test_what_another_process_has_read_meanwhile_is_kept(here, monkeypatch):
+    others = here / "runs/photos.json"
+    fingerprint = data.fingerprint
+
+    def write_meanwhile(picture):
+        others.parent.mkdir(exist_ok=True)
+        content = {"reader": data.READER, "photos": {"/elsewhere/1.jpg": GOOD_ENTRY}}
+        others.write_text(json.dumps(content))
+        return fingerprint(picture)
+
+    monkeypatch.setattr(data, "fingerprint", write_meanwhile)
+    data.load_concepts("photos", ignore)
+    assert len(json.loads(others.read_text())["photos"]) == 5
+
+
+def test_a_permission_that_was_missing_is_tried_again(here, read, monkeypatch):
+    watched = data.read_photo
+
+    def refuse(path):
+        if path.name == "2.jpg":
+            raise PermissionError(13, "Permission denied")
+        return watched(path)
+
+    monkeypatch.setattr(data, "read_photo", refuse)
+    with pytest.raises(data.DataError, match="has no concept"):
+        data.load_concepts("photos", ignore)
+    read.clear()
+    monkeypatch.setattr(data, "read_photo", watched)
+    [mug] = data.load_concepts("photos", ignore)
+    assert read == ["2.jpg"]
+    assert len(mug.photos) == 2
+
+
+def test_what_was_read_before_a_stop_is_kept(here, read, monkeypatch):
+    """By Ctrl-C, or a Git-LFS pointer among many photos."""
+    make_photos(here, [f"photos/cup/{i}.jpg" for i in range(40)])
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    (here / "photos/cup/20.jpg").write_bytes(pointer)
+    with pytest.raises(data.DataError, match="git lfs pull"):
+        data.load_concepts("photos", ignore)
+    make_photos(here, ["photos/cup/20.jpg"])
+    read.clear()
+    data.load_concepts("photos", ignore)
+    assert not {f"{i}.jpg" for i in range(5, 20)} & set(read)
+    assert "20.jpg" in read
+
+
+def two_cores():
+    return 2
+
+
+def test_photos_are_read_side_by_side(here, monkeypatch):
+    """Two cores: each of two readers waits for the other to begin."""
+    monkeypatch.setattr(os, "cpu_count", two_cores)
+    both = threading.Barrier(2, timeout=20)
+    read_photo = data.read_photo
+
+    def meet(path):
+        both.wait()
+        return read_photo(path)
+
+    monkeypatch.setattr(data, "read_photo", meet)
+    [mug] = data.load_concepts("photos", ignore)
+    assert len(mug.photos) == 2
+
+
+def test_the_time_left_is_shown_while_photos_are_read(here, capsys):
+    data.load_concepts("photos", ignore)
+    assert "reading photos:   0%" in capsys.readouterr().err
+    data.load_concepts("photos", ignore)
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------- the hub
