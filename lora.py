@@ -331,6 +331,20 @@ def check_fit(folder, model, tensors, rank):
     return names
 
 
+def find_adapter(folder):
+    """An adapter's folder, as a path. Raises ValueError that says where it is if it is not here."""
+    folder = pathlib.Path(folder)
+    if folder.is_dir() and not (folder / "adapter_config.json").exists():
+        if (folder / "adapter/adapter_config.json").is_file():
+            raise ValueError(f"{folder} is the folder of a run; give its adapter, {folder}/adapter")
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; wanted: the adapter of a run, runs/NAME/adapter, which "
+            "'python rrg.py' makes"
+        )
+    return folder
+
+
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter on the model, in the place of adapters that it has already.
 
@@ -338,7 +352,7 @@ def load_adapter(model, folder):
     adapter kinds, layers outside the language model, missing, unknown or wrongly shaped tensors.
     Nothing of the model has been changed then.
     """
-    folder = pathlib.Path(folder)
+    folder = find_adapter(folder)
     rank, alpha = read_adapter_config(folder)
     try:
         stored = load_file(folder / "adapter_model.safetensors")

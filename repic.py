@@ -106,6 +106,8 @@ KINDS = {"oct": 35.0, "vlt": 34.0, "single_ict": 26.0, "multi_ict": 5.0}
 METRICS = {
     "step": "training step, from 1",
     "reward": "what the task's rule pays",
+    "parsed": "share of answers that the rule can read: yes or no, one box, a caption as long as "
+    "it must be; empty with --sft, whose answers are given",
     "oct": "what the answers to oct tasks earned (oct_reward)",
     "vlt": "what the answers to vlt tasks earned (vlt_reward)",
     "single_ict": "what the answers to single_ict tasks earned (ict_reward)",
@@ -125,7 +127,7 @@ class Config(LearnerConfig):
     games: int = option(2, "B, prompts a step", toy=12, least=1)
     sft: bool = option(False, "supervised fine-tuning on given captions, in RePIC's place")
     mix: str = option("35,34,26,5", f"the shares of {', '.join(KINDS)}")
-    min_chars: int = option(100, "a caption of fewer characters earns nothing", toy=30)
+    min_chars: int = option(100, "a caption of fewer characters earns nothing", toy=30, least=0)
     without: str = option(
         "none",
         "leave out a task, or the least length of captions",
@@ -149,12 +151,8 @@ def read_settings(argv=None):
     config = run.fill_in(Config, given, toy.is_toy(given.get("model", toy.FOLDER)))
     config.out = config.out or run.default_folder()
 
+    check_combinations(given)
     if config.sft:  # one given answer a prompt, and no reference
-        if "samples" in given or "beta" in given:
-            raise DataError(
-                "--sft learns one given answer a prompt, without a penalty: leave out --samples "
-                "and --beta"
-            )
         config.samples = 1
         config.beta = 0.0
     share = r"\d+(\.\d+)?"
@@ -163,6 +161,18 @@ def read_settings(argv=None):
     if not any(shares_of_kinds(config).values()):
         raise DataError("--mix: the shares that are left may not all be 0")
     return config, False
+
+
+def check_combinations(given):
+    """Raise DataError for options that would have no effect beside another one."""
+    for name in ("samples", "beta", "std_floor", "eps_low", "eps_high", "without"):
+        if given.get("sft") and name in given:
+            raise DataError(
+                "--sft learns one given answer a prompt, without a penalty and without a ratio "
+                f"to clip: leave out {run.flag(name)}"
+            )
+    if given.get("without") == "length" and "min_chars" in given:
+        raise DataError("--without length leaves the least length out: leave out --min-chars")
 
 
 def check_list_options(given):
@@ -184,6 +194,10 @@ def check_list_options(given):
                 f"--tasks has pictures, questions and right answers of its own, and no captions: "
                 f"leave out {run.flag(name)}"
             )
+    if not pathlib.Path(given["tasks"]).is_file():
+        raise DataError(f"--tasks {given['tasks']} is not a file")
+    if not pathlib.Path(given["images"]).is_dir():
+        raise DataError(f"--images {given['images']} is not a folder")
 
 
 def task_family(kind):
@@ -311,7 +325,8 @@ def collage(photos, side, seed):
     for photo, (left, top) in zip(photos, corners, strict=True):
         places.append(f"{photo.name} at {left},{top}")
     draw = partial(paste, photos, boxes, collage_size(side))
-    return Photo("; ".join(places), draw), boxes
+    # Never met again, so nothing of it is remembered.
+    return Photo("; ".join(places), draw, kept=False), boxes
 
 
 # -------------------------------------------------------------------------------- stage 1: tasks
@@ -495,7 +510,10 @@ def make_tasks(concepts, shares, count, side, unit, seed):
     for fewer than two concepts.
     """
     if len(concepts) < 2:
-        raise DataError("RePIC's tasks need two concepts or more")
+        raise DataError(
+            f"RePIC's tasks need two things or more to train on, but there are {len(concepts)}; "
+            "others are kept for the test, so add photos of more things"
+        )
     rng = random.Random(f"kinds {seed}")
     kinds = rng.choices(list(shares), list(shares.values()), k=count)
     tasks = []
@@ -642,7 +660,9 @@ def mine_list(config, unit):
         raise DataError(f"{config.tasks} holds no tasks but those that --without leaves out")
     random.Random(f"list {config.seed}").shuffle(tasks)
     count = len(tasks) - min(config.eval_games, len(tasks) // 5)
-    print(f"{len(tasks)} tasks: {count} to train on, {len(tasks) - count} held out")
+    print(
+        f"{len(tasks)} tasks, of which {len(tasks) - count} kept for the test: {count} to train on"
+    )
     return Tasks(tasks[:count], tasks[count:], [], None)
 
 
@@ -652,26 +672,29 @@ def mine(mllm, config):
     if config.tasks:
         return mine_list(config, unit)
 
-    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
+    skipped = run.skipped_file(config.out)
+    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts, skipped)
     mllm.embed(photos_of(concepts))  # so that the tower has seen them, always in the same batches
     side = picture_side(mllm)
     count = config.steps * config.games  # each task is met once
     train = make_tasks(split.train, shares_of_kinds(config), count, side, unit, config.seed)
     seen = held_out_tasks(split.test, config, side, unit)
     unseen = held_out_tasks(split.unseen, config, side, unit)
-    print(
-        f"{len(concepts)} concepts: {len(split.train)} to train on ({len(train)} tasks), "
-        f"{len(split.test)} held out ({len(seen)} tasks), "
-        f"{len(split.unseen)} of unseen categories ({len(unseen)} tasks)"
-    )
+    counts = {"train": len(train), "seen": len(seen), "unseen": len(unseen)}
+    run.print_split(split, counts, "tasks")
     return Tasks(train, seen, unseen, split)
 
 
 # --------------------------------------------------------- stages 3 and 4: what a rule can verify
+def read_yes_or_no(answer):
+    """Which of the words yes and no an answer contains; None for none and for both."""
+    found = set(re.findall(r"\b(yes|no)\b", answer.lower()))
+    return found.pop() if len(found) == 1 else None
+
+
 def oct_reward(answer, solution):
     """1 if of the words yes and no the answer contains `solution` only.   (equation 2)"""
-    found = set(re.findall(r"\b(yes|no)\b", answer.lower()))
-    return float(found == {solution})
+    return float(read_yes_or_no(answer) == solution)
 
 
 def read_box(answer):
@@ -726,15 +749,19 @@ def vlt_reward(answer, box, size, corner):
     return float(iou(mapped, box) >= 0.5)
 
 
+def is_caption(answer, names, min_chars):
+    """Is it as long as it must be, and uses no name as a pair of tags, <name>...</name>?"""
+    if not answer.strip() or len(answer) < min_chars:
+        return False
+    return not any(name[0] == "<" and name.replace("<", "</") in answer for name in names)
+
+
 def ict_reward(answer, names, min_chars):
     """The share of `names`, mostly "<name>", that a caption uses, letter by letter.
 
-    0 for a caption of fewer than `min_chars` characters, or one that uses a name as a pair of
-    tags, <name>...</name>.   (equations 4 and 5, and departure 3)
+    0 for what is no caption, `is_caption`.   (equations 4 and 5, and departure 3)
     """
-    if len(answer) < min_chars:
-        return 0.0
-    if any(name[0] == "<" and name.replace("<", "</") in answer for name in names):
+    if not is_caption(answer, names, min_chars):
         return 0.0
     return sum(name in answer for name in names) / len(names)
 
@@ -749,10 +776,32 @@ def task_reward(task, answer, corner, min_chars):
     return ict_reward(answer, task.solution, min_chars)
 
 
+def can_be_read(task, answer, min_chars):
+    """Is there something in an answer that the rule of the task's kind could pay?"""
+    if task.kind == "oct":
+        return read_yes_or_no(answer) is not None
+    if task.kind == "vlt":
+        return read_box(answer) is not None
+    return is_caption(answer, task.solution, min_chars)
+
+
+def least_length(config):
+    """The fewest characters of a caption that may earn something."""
+    return 0 if config.without == "length" else config.min_chars
+
+
+def parsed(tasks, texts, config):
+    """Which of N answers, equally many to each task, could be read.   -> float64 [N], 0 or 1"""
+    per_task = len(texts) // len(tasks)
+    min_chars = least_length(config)
+    read = [can_be_read(tasks[i // per_task], text, min_chars) for i, text in enumerate(texts)]
+    return torch.tensor(read, dtype=torch.float64)
+
+
 def score(mllm, tasks, texts, config):
     """Stage 4: what each of N answers earned, equally many to each task.   -> float64 [N]"""
     per_task = len(texts) // len(tasks)
-    min_chars = 0 if config.without == "length" else config.min_chars
+    min_chars = least_length(config)
     rewards = []
     for row, text in enumerate(texts):
         task = tasks[row // per_task]
@@ -880,6 +929,8 @@ def train_step(mllm, tasks, optimizer, step, config, clauses):
 
     answer_logps = given_logps if config.sft else answers.logps
     scores = {"reward": rewards} | answer_columns(answers.mask, answer_logps)
+    if not config.sft:  # whose answers are given
+        scores["parsed"] = parsed(tasks, answers.texts, config)
     rows = answer_rows(tasks[0], answers.texts[:G], scores)
     metrics |= summarise(scores, answers.texts, G)
     # Kinds are not shared equally among processes, so their means are taken over all.

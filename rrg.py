@@ -46,7 +46,9 @@ import torch
 import run
 import toy
 from data import (
+    DETAIL,
     Concept,
+    DataError,
     Game,
     Split,
     games_of_step,
@@ -96,7 +98,7 @@ class LearnerConfig:
     steps: int = option(125, "training steps", toy=60, least=1)
     games: int = option(16, "B, games or prompts a step", toy=12, least=1)
     samples: int = option(8, "G, answers to each", least=2)
-    max_tokens: int = option(256, "longest possible answer, in tokens", toy=56, least=1)
+    max_tokens: int = option(256, "longest possible answer, in tokens", toy=56, least=1, most=2**15)
     # --- the learner ---
     lr: float = option(
         1e-5, "learning rate, reached after the warm-up; falls to 0", toy=5e-4, least=0, most=1
@@ -112,18 +114,25 @@ class LearnerConfig:
     std_floor: float = option(
         0.05, "a group's standard deviation is taken to be at least this", least=0, most=1
     )
-    rank: int = option(64, "rank of the LoRA adapters", toy=16, least=1)
+    rank: int = option(64, "rank of the LoRA adapters", toy=16, least=1, most=2**12)
     alpha: int = option(128, "scale of the adapters: the update is alpha/rank B A", toy=32, least=1)
     # --- memory: micro changes no result ---
     micro: int = option(
         1, "games in one backward pass; raise it if there is memory", toy=12, least=1
     )
     max_pixels: int = option(
-        401408, "photos are shrunk to this; 401408 is 512 image tokens", toy=20736, least=784
+        401408,
+        "photos are shrunk to this; 401408 is 512 image tokens",
+        toy=20736,
+        least=784,
+        most=DETAIL**2,
     )
     # --- measuring and saving ---
     eval_games: int = option(
-        100, "held-out games, or tasks of a kind, of seen categories and as many unseen", least=1
+        100,
+        "games, or tasks of a kind, with things kept for the test, and as many with things of "
+        "categories that are never trained on",
+        least=1,
     )
     save_every: int = option(25, "steps between two saves of the state", least=1)
 
@@ -170,6 +179,8 @@ def read_settings(argv=None):
     run.refuse_photos_without_model(given)
     config = run.fill_in(Config, given, toy.is_toy(given.get("model", toy.FOLDER)))
     config.out = config.out or run.default_folder()
+    if not config.listener_weight and not config.format_weight and not config.length_weight:
+        raise DataError("one of the weights of the rewards must be above 0, or nothing is learned")
     return config, False
 
 
@@ -230,15 +241,16 @@ def picture_side(mllm):
     return 8 * 2 * patch  # a token is two by two patches
 
 
-def load_world(mllm, folder, seed, train_concepts=""):
+def load_world(mllm, folder, seed, train_concepts="", skipped_file=None):
     """The concepts in a folder of photos, or of the toy world where there is none.
 
     train_concepts: as --train-concepts; "" leaves the choice to `split_concepts`
+    skipped_file: where to list the files that are skipped
     -> ([Concept, ...], Split)
     """
     unseen = None
     if folder:
-        concepts = load_concepts(folder)
+        concepts = load_concepts(folder, skipped_file=skipped_file)
     else:
         concepts = toy.world(seed, picture_side(mllm))
         unseen = toy.UNSEEN
@@ -257,9 +269,19 @@ def photos_of(concepts: list[Concept]):
 
 
 def mine(mllm, config):
-    """Stage 1: from photos to games.   -> Games"""
-    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts)
+    """Stage 1: from photos to games.   -> Games
+
+    Raises DataError where there are fewer things to train on than photos in a pool.
+    """
     embedder = Clip(config.embedder, mllm.device) if config.embedder else mllm
+    skipped = run.skipped_file(config.out)
+    concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts, skipped)
+    if len(split.train) < config.k:
+        raise DataError(
+            f"--k {config.k} needs {config.k} things to train on, and here are {len(split.train)} "
+            f"({len(concepts)} things, of which {len(concepts) - len(split.train)} kept for the "
+            "test); add photos of more things, or lower --k"
+        )
     vectors = embedder.embed(photos_of(concepts))  # {photo name: [D]}
 
     train = mine_games(
@@ -281,11 +303,8 @@ def mine(mllm, config):
         rng = random.Random(f"held out {config.seed}")
         held_out.append(rng.sample(games, min(len(games), config.eval_games)))
     seen, unseen = held_out
-    print(
-        f"{len(concepts)} concepts: {len(split.train)} to train on ({len(train)} games), "
-        f"{len(split.test)} held out ({len(seen)} games), "
-        f"{len(split.unseen)} of unseen categories ({len(unseen)} games)"
-    )
+    counts = {"train": len(train), "seen": len(seen), "unseen": len(unseen)}
+    run.print_split(split, counts, "games")
     return Games(train, seen, unseen, split)
 
 

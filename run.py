@@ -4,12 +4,14 @@ killed, its processes.
 This is the plumbing of rrg.py and repic.py, and the command line of the other scripts. A run has a
 folder:
 
-    config.json     the command, the versions of what it ran with, every setting
-    metrics.csv     a row a step; the script's METRICS says what each column is
-    samples.jsonl   one game or task a step, with all its answers and what they earned
-    adapter/        the adapters as they were saved last, in PEFT's format
-    state.pt        all that --resume needs
-    result.json     before and after, once the run is finished
+    config.json         the command, the versions of what it ran with, every setting
+    skipped.txt         the files in the folder of photos that were not read, and why
+    metrics.csv         a row a step; the script's METRICS says what each column is
+    samples.jsonl       one game or task a step, with all its answers and what they earned
+    adapter/            the adapters as they were saved last, in PEFT's format
+    state.pt            all that --resume needs
+    state.previous.pt   the state before that one, to go back to
+    result.json         before and after, once the run is finished
 
 Games and samples are seeded by the step, so nothing of a random generator has to be kept: a run
 that was killed goes back to its last save, plays the steps since then again, and comes to the same
@@ -31,7 +33,9 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -40,8 +44,13 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import DataError, one_line_errors
+from data import DataError, find_folder, one_line_errors
 from lora import lora_state, save_adapter, write_atomically, write_json, write_text
+
+FEW = 0.05  # share of answers: where fewer can be read, something is wrong
+UNREAD_STEPS = 10  # steps in a row after which a run stops if no answer could be read
+MAY_CHANGE = ("out", "micro", "data")  # settings that --resume may find changed
+STATE = {"step", "seconds", "before", "unread", "lora", "optimizer", "photos", "settings"}
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -145,7 +154,8 @@ def add_option(parser, field):
     about = field.metadata
     how = {"help": about["help"], "default": argparse.SUPPRESS}
     if about["positional"]:
-        parser.add_argument(field.name, nargs="?", metavar=about["metavar"], **how)
+        count = "*" if field.type is list else "?"
+        parser.add_argument(field.name, nargs=count, metavar=about["metavar"], **how)
         return
     if field.type is bool:
         parser.add_argument(flag(field.name), action="store_true", **how)
@@ -175,7 +185,8 @@ def read_options(cls, doc, argv=None, resumable=False):
     usage = f"python {pathlib.Path(sys.argv[0]).name} [options]"
     for field in dataclasses.fields(cls):
         if field.metadata["positional"]:
-            usage += f" [{field.metadata['metavar']}]"
+            dots = " ..." if field.type is list else ""
+            usage += f" [{field.metadata['metavar']}{dots}]"
     parser = argparse.ArgumentParser(
         usage=usage,
         description=doc.split("\nWhere it departs")[0],
@@ -195,6 +206,21 @@ def read_options(cls, doc, argv=None, resumable=False):
     return vars(parser.parse_args(argv))
 
 
+def check_numbers(cls, given):
+    """Raise DataError where a number is smaller or larger than it may be.
+
+    given {field name: value}, of all fields of `cls` or of some
+    """
+    for field in dataclasses.fields(cls):
+        least = field.metadata["least"]
+        most = field.metadata["most"]
+        # "not >=" and not "<", since nan is neither.
+        if least is not None and not given.get(field.name, least) >= least:
+            raise DataError(f"{flag(field.name)} must be at least {least}")
+        if most is not None and not given.get(field.name, most) <= most:
+            raise DataError(f"{flag(field.name)} must be at most {most}")
+
+
 def fill_in(cls, given, is_toy):
     """Add the defaults to what was given.   -> cls
 
@@ -205,24 +231,29 @@ def fill_in(cls, given, is_toy):
         for field in dataclasses.fields(cls):
             if field.metadata["toy"] is not None:
                 values[field.name] = field.metadata["toy"]
-    for field in dataclasses.fields(cls):
-        least = field.metadata["least"]
-        most = field.metadata["most"]
-        # "not >=" and not "<", since nan is neither.
-        if least is not None and not given.get(field.name, least) >= least:
-            raise DataError(f"{flag(field.name)} must be at least {least}")
-        if most is not None and not given.get(field.name, most) <= most:
-            raise DataError(f"{flag(field.name)} must be at most {most}")
+    check_numbers(cls, given)
     return cls(**(values | given))
 
 
 def refuse_photos_without_model(given):
     """Raise DataError for --data without --model: the default model knows the toy world only."""
     if given.get("data") and "model" not in given:
+        command = shlex.join(["python", *sys.argv, "--model", "Qwen/Qwen2-VL-2B-Instruct"])
         raise DataError(
-            "--data wants a --model, such as --model Qwen/Qwen2-VL-2B-Instruct: the toy model, the "
-            "default, knows the toy world only"
+            "--data wants a --model: the toy model, the default, knows the toy world only. You "
+            f"probably want: {command}"
         )
+
+
+def check_data(folder):
+    """Raise DataError where --data leads to no photos, before a model is loaded."""
+    try:
+        find_folder(folder)
+    except DataError as error:
+        raise DataError(
+            f"{error}. (Where photos have moved, --data DIR gives their new place, also with "
+            "--resume.)"
+        ) from error
 
 
 def default_folder():
@@ -230,11 +261,41 @@ def default_folder():
     return time.strftime("runs/%Y%m%d-%H%M%S")
 
 
+def skipped_file(out):
+    """Where the run in a folder lists the photos that it skips.
+
+    -> the file; None where this process does not write, or where there is no such folder
+    """
+    rank, _ = ranks()
+    if rank > 0 or not pathlib.Path(out).is_dir():
+        return None
+    return pathlib.Path(out) / "skipped.txt"
+
+
 def newest_run():
     """The folder in runs/ of the run that was started last."""
     configs = pathlib.Path("runs").glob("*/config.json")
     newest = max(configs, key=os.path.getmtime, default=pathlib.Path("runs/none/config.json"))
     return str(newest.parent)
+
+
+def output_file(path):
+    """Make sure that a file can be written, before the work begins whose outcome it is to hold.
+
+    -> its path
+    Its folder is made; a file that is there stays as it is. Raises DataError where it cannot be
+    written: a folder of that name, a file in the place of its folder, no permission.
+    """
+    path = pathlib.Path(path)
+    with one_line_errors(f"cannot write {path}, so choose another place for it", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        open(path, "ab").close()
+        if is_new:
+            path.unlink()
+        # Files are replaced by others that are written beside them (lora.write_atomically).
+        tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 def load_json(file):
@@ -250,11 +311,36 @@ def run_record(adapter):
 
 
 def saved_settings(cls, folder):
-    """The settings that the run in a folder was started with.   -> cls"""
+    """The settings that the run in a folder was started with.   -> cls
+
+    Raises DataError for a config.json that cannot be read, or is of another version or script.
+    """
     file = pathlib.Path(folder) / "config.json"
-    message = f"{file} is of another version or script; give the --out of a run of this one"
-    with one_line_errors(message, TypeError, KeyError):
-        return cls(**load_json(file)["settings"])
+    record = load_json(file)
+    wrong = wrong_setting(cls, record)
+    if wrong:
+        command = record.get("command", "-") if isinstance(record, dict) else "-"
+        raise DataError(
+            f"{file} is of another version or script ({wrong}; it was begun by: {command}); go on "
+            "with that one, or begin anew with another --out"
+        )
+    return cls(**record["settings"])
+
+
+def wrong_setting(cls, record):
+    """What keeps the content of a config.json from being one of `cls`, in words; "" if nothing."""
+    settings = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(settings, dict):
+        return "there are no settings in it"
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    unexpected = sorted(settings.keys() ^ types.keys())  # what only one of the two has
+    if unexpected:
+        return f"{flag(unexpected[0])} is missing or unknown"
+    for name, value in settings.items():
+        wanted = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, wanted):
+            return f"{flag(name)} is {value!r}"
+    return ""
 
 
 def resumed_settings(cls, given):
@@ -266,10 +352,11 @@ def resumed_settings(cls, given):
     """
     folder = given.get("out") or newest_run()
     if not (pathlib.Path(folder) / "state.pt").is_file():
-        raise DataError(f"nothing to resume: {folder} has no state.pt")
+        raise DataError(f"nothing to resume: {folder} has no state.pt; {way_back(folder)}")
+    check_numbers(cls, given)
     settings = saved_settings(cls, folder)
     settings.out = folder
-    settings.micro = max(1, given.get("micro", settings.micro))
+    settings.micro = given.get("micro", settings.micro)
     settings.data = given.get("data", settings.data)
     for name, now in given.items():
         was = getattr(settings, name)
@@ -278,6 +365,34 @@ def resumed_settings(cls, given):
                 f"--resume goes on with the run as it was: {flag(name)} was {was}, not {now}"
             )
     return settings
+
+
+def way_back(folder):
+    """What to do where the state.pt of a run is lost or spoiled, in words."""
+    state = pathlib.Path(folder) / "state.pt"
+    previous = pathlib.Path(folder) / "state.previous.pt"
+    if not previous.is_file():
+        return "to begin a new run, leave --resume out and give another --out, or none"
+    command = shlex.join(["mv", str(previous), str(state)])
+    return f"to go back to the save before it: {command}, then --resume again"
+
+
+def print_split(split, mined, what):
+    """Say what is trained on, and what is kept for the test.
+
+    split: of the concepts; mined {"train", "seen", "unseen": number}: how many games or tasks,
+    which `what` calls by their name, there are of each part
+    """
+    kept = len(split.test) + len(split.unseen)
+    is_kept = "1 is" if kept == 1 else f"{kept or 'none'} are"
+    text = (
+        f"{len(split.train) + kept} things, of which {is_kept} kept for the test: "
+        f"{len(split.train)} to train on ({mined['train']} {what}), "
+        f"{len(split.test)} held out ({mined['seen']} {what})"
+    )
+    if split.unseen:
+        text += f", {len(split.unseen)} of categories held out whole ({mined['unseen']} {what})"
+    print(text)
 
 
 # ------------------------------------------------------------------------------------ the folder
@@ -315,20 +430,61 @@ def what_changed(before, now):
     return "; ".join(words)
 
 
-def cut_log(file, step):
-    """Leave of a log what was written up to a step; the rest is played again."""
-    lines = []
+def cut_log(file, step, heading=""):
+    """Leave of a log what was written up to a step; the rest is played again.
+
+    heading: its first line, if it has one, which is written anew where it is lost
+    Rows that are lost are spoken of. Raises DataError for a file that is not the log of a run.
+    """
+    message = f"{file} is not the log of this run; move it away, then --resume begins it anew"
+    text = ""
     if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
-    write_text(file, "".join(kept))
+        with one_line_errors(message, OSError, ValueError):
+            text = file.read_text(encoding="utf-8")
+    # The last line may be half a one.
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in whole if line.strip() and line != heading]
+    for line in lines:
+        if step_of(line) == 0 or (heading and line.count(",") != heading.count(",")):
+            raise DataError(f"{message}: {line[:80]!r}")
+
+    kept = [line for line in lines if step_of(line) <= step]
+    if len(kept) < step:
+        print(f"{file} has lost {step - len(kept)} of {step} rows; the run goes on without them")
+    write_text(file, heading + "".join(kept))
+
+
+def load_state(folder):
+    """The state.pt of a run, on the CPU.   -> its content, with all that is in STATE
+
+    Raises DataError for a file that is torn, empty or something else.
+    """
+    file = pathlib.Path(folder) / "state.pt"
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        missing = STATE - content.keys()
+        if missing:
+            raise ValueError(f"no {min(missing)} in it")
+    except Exception as error:  # torch raises a dozen kinds on what is no state, or half of one
+        why = (str(error).splitlines() or [""])[0][:80]
+        raise DataError(
+            f"{file} is torn, or not the state of a run of this version ({type(error).__name__}: "
+            f"{why}); {way_back(folder)}"
+        ) from error
+    return content
+
+
+def shapes_of(tensors):
+    """{name: shape} of {name: tensor}."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 class Folder:
     """The folder of a run (see the top). Only the first process writes.
 
-    config: the settings, with `out`, `model` and `games`; method: what is trained, in a word;
-    columns: the names of the columns of metrics.csv.
+    config: the settings, with `out`, `data`, `model` and `games`; method: what is trained, in a
+    word; columns: the names of the columns of metrics.csv.
+    Raises DataError, before anything is read, for what is not there or cannot be written.
     """
 
     def __init__(self, config, method, columns, resume):
@@ -336,19 +492,23 @@ class Folder:
         if config.games % world:
             raise DataError(f"--games {config.games} cannot be shared equally by {world} processes")
         self.path = pathlib.Path(config.out)
-        if not resume and (self.path / "state.pt").exists():
+        if not resume and any(self.path.glob("state.*")):
             raise DataError(
                 f"{self.path} holds a run already; add --resume to go on with it, or give another "
                 "--out"
             )
+        if config.data:
+            check_data(config.data)
         self.config = config
         self.method = method
         self.columns = columns
+        self.heading = ",".join(columns) + "\n"  # of metrics.csv
         self.writes = rank == 0
         if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            output_file(self.path / "config.json")
         self.bar = None
         self.photos = {}  # {name: hash of the pixels} of all that the run has
+        self.unread = 0  # steps in a row, up to now, of which no answer could be read
 
     def begin(self, device, split=None):
         """Write down what this run is, and begin its logs.   split: of its concepts, if any"""
@@ -368,29 +528,42 @@ class Folder:
             "concepts": None if split is None else split.names(),
         }
         write_json(self.path / "config.json", record)
-        (self.path / "metrics.csv").write_text(",".join(self.columns) + "\n")
+        (self.path / "metrics.csv").write_text(self.heading)
         (self.path / "samples.jsonl").write_text("")
 
     def save(self, state, model, optimizer):
-        """Keep the adapters, and all that `restore` needs."""
+        """Keep the adapters, and all that `restore` needs; and the state before this one."""
         if not self.writes:
             return
         save_adapter(model, self.path / "adapter", base=self.config.model)
         content = dataclasses.asdict(state)
+        content["unread"] = self.unread
         content["lora"] = lora_state(model)
         content["optimizer"] = optimizer.state_dict()
         content["photos"] = self.photos
-        write_atomically(self.path / "state.pt", functools.partial(torch.save, content))
+        content["settings"] = dataclasses.asdict(self.config)
+        last = self.path / "state.pt"
+        if last.exists():
+            # A copy: were it moved, a kill right now would leave no state.pt.
+            previous = self.path / "state.previous.pt"
+            write_atomically(previous, functools.partial(shutil.copyfile, last))
+        write_atomically(last, functools.partial(torch.save, content))
 
     def restore(self, model, optimizer, split=None):
         """Put adapters and optimizer back as they were saved, and cut the logs there.   -> State
 
-        split: of the concepts that there are now. Raises DataError for a state of another model, or
-        of other photos, wherever they lie.
+        split: of the concepts that there are now. Raises DataError for a state that cannot be
+        read, of other settings, of another model, or of other photos, wherever they lie.
         """
-        device = next(model.parameters()).device
-        content = torch.load(self.path / "state.pt", map_location=device, weights_only=True)
-        if content["lora"].keys() != lora_state(model).keys():
+        content = load_state(self.path)
+        for name, now in dataclasses.asdict(self.config).items():
+            was = content["settings"].get(name)
+            if name not in MAY_CHANGE and was != now:
+                raise DataError(
+                    f"{self.path}/state.pt is of another run: {flag(name)} was {was}, not {now}; "
+                    f"{way_back(self.path)}"
+                )
+        if shapes_of(content["lora"]) != shapes_of(lora_state(model)):
             raise DataError(
                 f"{self.path}/state.pt is of another model; go on with the versions that "
                 f"{self.path}/config.json names"
@@ -404,10 +577,19 @@ class Folder:
             )
         model.load_state_dict(content["lora"], strict=False)
         optimizer.load_state_dict(content["optimizer"])
+        self.unread = content["unread"]
         if self.writes:
-            cut_log(self.path / "metrics.csv", content["step"])
+            cut_log(self.path / "metrics.csv", content["step"], self.heading)
             cut_log(self.path / "samples.jsonl", content["step"])
+            self.record_data()
         return State(content["step"], content["seconds"], content["before"])
+
+    def record_data(self):
+        """Write down where the photos lie now, for the next --resume and for report.py."""
+        record = load_json(self.path / "config.json")
+        if record["settings"]["data"] != self.config.data:
+            record["settings"]["data"] = self.config.data
+            write_json(self.path / "config.json", record)
 
     def steps(self, first):
         """The steps that are left, with a progress bar."""
@@ -420,7 +602,7 @@ class Folder:
         """A row of metrics.csv, and an example {"step", ...} as a line of samples.jsonl.
 
         metrics {column: number} of this process's games; the row is the mean over all processes,
-        whose games are equally many. A column that is missing stays empty.
+        whose games are equally many. A column that is missing stays empty. See `watch`, too.
         """
         of_processes = gather([metrics])
         row = {}
@@ -431,12 +613,37 @@ class Folder:
 
         shown = [name for name in ("reward", "listener_accuracy", "nll", "kl") if name in metrics]
         self.bar.set_postfix({name: f"{float(row[name]):.3f}" for name in shown})
-        if not self.writes:
-            return
-        with open(self.path / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        with open(self.path / "samples.jsonl", "a") as file:
-            file.write(json.dumps(example) + "\n")
+        if self.writes:
+            with open(self.path / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            with open(self.path / "samples.jsonl", "a") as file:
+                file.write(json.dumps(example) + "\n")
+        if "parsed" in row:
+            self.watch(int(row["step"]), float(row["parsed"]), example["samples"])
+
+    def watch(self, step, parsed, samples):
+        """Say so if hardly any answer of the first step could be read.
+
+        parsed: the share of a step's answers that could be; samples: some, as samples.jsonl has
+        them. Raises DataError after UNREAD_STEPS steps of which none could be read.
+        """
+        unread = [row["text"][:300] for row in samples if not row["parsed"]]
+        example = f", such as {unread[0]!r}" if unread else ""
+        what_helps = (
+            "answers may need more room (--max-tokens) or a model that follows instructions "
+            "(--model Qwen/Qwen2-VL-2B-Instruct)"
+        )
+        if step == 1 and parsed < FEW:
+            tqdm.write(
+                f"hardly any answer of the first step could be read ({parsed:.1%}){example}: "
+                f"{what_helps}"
+            )
+        self.unread = self.unread + 1 if parsed == 0 else 0
+        if self.unread >= UNREAD_STEPS:
+            raise DataError(
+                f"no answer of {UNREAD_STEPS} steps in a row could be read{example}; begin anew: "
+                f"{what_helps}"
+            )
 
     def finish(self, state, after, device):
         """Write result.json, with the exams before and after.   -> its content"""

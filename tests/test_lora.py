@@ -332,6 +332,20 @@ def test_the_conversion_that_the_message_names_works(tmp_path):
     assert torch.equal(loaded(X), model(X))
 
 
+def test_a_run_in_the_place_of_its_adapter_is_refused_with_its_adapter(tmp_path):
+    lora.save_adapter(trained_block(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is the folder of a run; give its adapter, ") as error:
+        lora.load_adapter(new_block(), tmp_path)
+    lora.load_adapter(new_block(), str(error.value).split("adapter, ")[1])  # which works
+
+
+def test_an_adapter_that_is_not_there_says_where_adapters_are(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        with pytest.raises(ValueError, match="is not a folder; wanted: .* runs/NAME/adapter"):
+            lora.load_adapter(new_block(), tmp_path / name)
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not an adapter folder that can be read"):
         lora.load_adapter(new_block(), tmp_path)

@@ -4,6 +4,7 @@ times, by seed.
 The kills are slow and left out by default: python -m pytest -m slow -k killed -s
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -31,6 +32,7 @@ import naming
 import protocols
 import repic
 import reward
+import rrg
 import run
 from conftest import ROOT
 from data import DataError
@@ -355,6 +357,82 @@ def test_json_spoiled_in_any_way_is_read_or_refused(name, content, tmp_path):
             assert str(error)
             outcomes["refused"] += 1
     assert outcomes["refused"] > 5, outcomes
+
+
+# --------------------------------------------------------------------------------- a run's files
+def small_state_file(path):
+    """A state.pt as a run has it, but for its size.   -> its bytes"""
+    lora_tensors = {f"layer {i}": torch.full((3, 4), float(i)) for i in range(4)}
+    content = dict.fromkeys(run.STATE, 7) | {"lora": lora_tensors, "optimizer": {"state": {}}}
+    torch.save(content, path)
+    return path.read_bytes()
+
+
+def test_a_state_spoiled_in_any_way_is_read_or_refused(tmp_path):
+    """300 of them: cut off, overwritten in places, or something else."""
+    file = tmp_path / "state.pt"
+    good = small_state_file(file)
+    outcomes = Counter()
+    for case in range(300):
+        rng = random.Random(f"state {case}")
+        file.write_bytes(spoil(good, rng))
+        try:
+            assert run.load_state(tmp_path).keys() == run.STATE
+            outcomes["read"] += 1
+        except DataError as error:
+            assert "\n" not in str(error)
+            assert "to begin a new run, leave --resume out" in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 150, outcomes
+    assert outcomes["read"] > 20, outcomes
+
+
+def test_logs_spoiled_in_any_way_are_mended_or_refused(tmp_path):
+    """A log that is mended has its heading, whole rows and nothing else; a refused one stays."""
+    heading = "step,reward,kl\n"
+    rows = [f"{step},0.5,0.25\n" for step in range(1, 9)]
+    good = (heading + "".join(rows)).encode()
+    file = tmp_path / "metrics.csv"
+    outcomes = Counter()
+    for case in range(200):
+        rng = random.Random(f"log {case}")
+        spoiled = spoil(good, rng)
+        file.write_bytes(spoiled)
+        try:
+            run.cut_log(file, 6, heading)
+        except DataError as error:
+            assert "\n" not in str(error)
+            assert file.read_bytes() == spoiled
+            outcomes["refused"] += 1
+            continue
+        first, *others = file.read_text().splitlines(keepends=True)
+        assert first == heading
+        assert all(re.fullmatch(r"[1-6],.*,.*\n", line) for line in others)
+        outcomes["mended"] += 1
+    assert outcomes["refused"] > 30, outcomes
+    assert outcomes["mended"] > 30, outcomes
+
+
+def test_a_config_spoiled_in_any_way_is_read_or_refused(tmp_path):
+    settings = dataclasses.asdict(rrg.Config(out=str(tmp_path)))
+    good = {"command": "python rrg.py", "settings": settings}
+    (tmp_path / "state.pt").write_bytes(b"")
+    outcomes = Counter()
+    for case in range(200):
+        rng = random.Random(f"config {case}")
+        text = json.dumps(broken(good, rng))
+        if rng.random() < 0.2:
+            text = text[: rng.randrange(len(text))]
+        (tmp_path / "config.json").write_text(text)
+        try:
+            run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
+            outcomes["read"] += 1
+        except DataError as error:
+            assert str(tmp_path / "config.json") in str(error)
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 60, outcomes
+    assert outcomes["read"] > 20, outcomes
 
 
 # --------------------------------------------------------------------------------------- adapters

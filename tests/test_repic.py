@@ -197,7 +197,7 @@ def test_tasks_come_in_their_shares_and_are_seeded():
     assert sum(repic.KINDS.values()) == 100
     assert tasks == repic.make_tasks(concepts, repic.KINDS, 1000, 64, "pixels", 0)
     assert tasks != repic.make_tasks(concepts, repic.KINDS, 1000, 64, "pixels", 1)
-    with pytest.raises(DataError, match="two concepts"):
+    with pytest.raises(DataError, match="two things or more to train on, but there are 1; "):
         repic.make_tasks(concepts[:1], repic.KINDS, 1, 64, "pixels", 0)
 
 
@@ -229,13 +229,21 @@ LIST = ["--model", "m", "--tasks", "tasks.json", "--images", "train"]
     [
         (["--mix", "1,2,3"], "--mix wants the shares of oct, vlt, single_ict, multi_ict"),
         (["--mix", "1,0,0,0", "--without", "oct"], "may not all be 0"),
-        (["--sft", "--beta", "0.1"], "leave out --samples and --beta"),
-        (["--sft", "--samples", "4"], "leave out --samples and --beta"),
+        (["--sft", "--beta", "0.1"], "leave out --beta"),
+        (["--sft", "--samples", "4"], "leave out --samples"),
+        (["--sft", "--std-floor", "0.1"], "leave out --std-floor"),
+        (["--sft", "--eps-high", "0.1"], "leave out --eps-high"),
+        (["--sft", "--without", "ict"], "leave out --without"),
+        (["--without", "length", "--min-chars", "9"], "leave out --min-chars"),
+        (["--min-chars", "-1"], "--min-chars must be at least 0"),
+        (["--mix", "1,2,3,-1"], "--mix wants the shares"),
+        (["--model", "m", "--tasks", "no.json", "--images", "."], "--tasks no.json is not a file"),
+        (["--model", "m", "--tasks", __file__, "--images", "no"], "--images no is not a folder"),
         (["--samples", "1"], "--samples must be at least 2"),
         (["--data", "photos"], "--data wants a --model"),
         (["--images", "train"], "give --tasks FILE, too"),
         (["--model", "m", "--tasks", "tasks.json"], "--tasks wants --images"),
-        (["--tasks", "tasks.json", "--images", "train"], "--tasks wants a --model"),
+        (["--tasks", __file__, "--images", "."], "--tasks wants a --model"),
         ([*LIST, "--data", "photos"], "leave out --data"),
         ([*LIST, "--train-concepts", "3"], "leave out --train-concepts"),
         ([*LIST, "--sft"], "no captions: leave out --sft"),
@@ -474,6 +482,49 @@ def learner(random_folder):
     return mllm, Keep(adapters, lr=0.0)
 
 
+CAPTION = "<Mia> and <Bo> stand in a street."  # 33 characters
+
+
+@pytest.mark.parametrize(
+    "kind, answer, expected",
+    [
+        ("oct", "Yes.", 1),
+        ("oct", "No, it is another one.", 1),  # wrong, but it can be read
+        ("oct", "yes or no", 0),
+        ("oct", "I know.", 0),
+        ("oct", "", 0),
+        ("vlt", "It is at [1, 2, 3, 4].", 1),
+        ("vlt", "(1,2),(3,4)", 1),
+        ("vlt", "[1, 2, 3, 4] or [5, 6, 7, 8]", 0),
+        ("vlt", "on the left", 0),
+        ("multi_ict", CAPTION, 1),
+        ("multi_ict", CAPTION.replace("<Mia>", "A girl"), 1),  # not every name, but a caption
+        ("multi_ict", CAPTION[:29], 0),
+        ("multi_ict", CAPTION.replace("<Bo>", "<Bo></Bo>"), 0),
+        ("single_ict", CAPTION, 1),
+        ("single_ict", "<Mia>", 0),
+    ],
+)
+def test_which_answers_can_be_read(kind, answer, expected):
+    solutions = {
+        "oct": "yes",
+        "vlt": ((1, 2, 3, 4), (9, 9)),
+        "multi_ict": ["<Mia>", "<Bo>"],
+        "single_ict": ["<Mia>"],
+    }
+    task = repic.Task(kind, [], "", solutions[kind])
+    config = repic.Config(min_chars=30)
+    other = repic.Task("oct", [], "", "no")
+    shares = repic.parsed([other, task], ["", "no", answer, ""], config)
+    assert shares.tolist() == [0, 1, expected, 0]
+
+
+def test_a_caption_of_any_length_can_be_read_without_the_rule_for_it():
+    task = repic.Task("single_ict", [], "", ["<Mia>"])
+    config = repic.Config(min_chars=30, without="length")
+    assert repic.parsed([task], ["<Mia>", " "], config).tolist() == [1, 0]
+
+
 def test_the_answers_of_a_group_are_to_one_prompt(learner, monkeypatch):
     """RePIC's code shuffled its data on every GPU and drew a wording for every answer."""
     mllm, optimizer = learner
@@ -493,6 +544,7 @@ def test_the_answers_of_a_group_are_to_one_prompt(learner, monkeypatch):
     assert set(example["samples"][0]) == {
         "text",
         "reward",
+        "parsed",
         "single_ict",
         "nll",
         "completion_length",
@@ -510,6 +562,7 @@ def test_sft_is_cross_entropy(learner):
     captions = repic.given_captions(mllm, tasks, 0, {})
     assert example["samples"][0]["text"] == captions[0]
     assert metrics["reward"] == 1  # the given captions use every name
+    assert "parsed" not in metrics  # nothing was sampled
     assert "kl" not in metrics  # its weight is 0
 
     mllm.model.zero_grad()
@@ -756,7 +809,7 @@ def test_a_run_on_a_list(images, records, byte_folder, tmp_path, monkeypatch, ca
     result = repic.train(*repic.read_settings([*arguments, *LIST_RUN, "--out", "run"]))
     held_out = len(records) // 5
     shown = capsys.readouterr().out
-    assert f"{len(records)} tasks: {len(records) - held_out} to train on" in shown
+    assert f"{len(records)} tasks, of which {held_out} kept for the test: " in shown
     # There is no page of such a run, and none is spoken of.
     assert "report.py" not in shown
     with pytest.raises(DataError, match="naming.py measures its adapter"):

@@ -5,6 +5,7 @@ How a run is kept and goes on is in test_run.py, how the model reads and speaks 
 
 import dataclasses
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -327,8 +328,22 @@ def test_every_option_has_a_help(capsys):
         (["--samples", "1"], "error: --samples must be at least 2"),
         (["--steps", "0"], "error: --steps must be at least 1"),
         (["--resume", "--out", "nowhere"], "error: nothing to resume: nowhere has no state.pt"),
-        (["--data", "photos"], "error: --data wants a --model, such as --model Qwen/"),
+        (["--data", "photos"], "error: --data wants a --model: the toy model, the default"),
         (["--data", "nowhere", "--model", str(toy.FOLDER)], "error: nowhere is not a folder"),
+        (["--model", "nowhere"], "error: there is no model nowhere: give --model a folder"),
+        (["--lr", "inf"], "error: --lr must be at most 1"),
+        (["--max-pixels", str(1280**2 + 1)], "error: --max-pixels must be at most 1638400"),
+        (["--max-tokens", "100000"], "error: --max-tokens must be at most 32768"),
+        (["--rank", "100000"], "error: --rank must be at most 4096"),
+        (["--k", "1"], "error: --k must be at least 2"),
+        (["--micro", "0"], "error: --micro must be at least 1"),
+        (["--eval-games", "0"], "error: --eval-games must be at least 1"),
+        (["--save-every", "0"], "error: --save-every must be at least 1"),
+        (["--train-games", "-1"], "error: --train-games must be at least 0"),
+        (
+            "--listener-weight 0 --format-weight 0 --length-weight 0".split(),
+            "error: one of the weights of the rewards must be above 0",
+        ),
         (["--lr", "-1"], "error: --lr must be at least 0"),
         (["--lr", "nan"], "error: --lr must be at least 0"),
         (["--beta", "-1"], "error: --beta must be at least 0"),
@@ -338,7 +353,11 @@ def test_every_option_has_a_help(capsys):
         (["--seed", str(2**64)], f"error: --seed must be at most {2**32 - 1}"),
         (["--format-weight", "2"], "error: --format-weight must be at most 1"),
         (["--model", str(ROOT / "tests")], f"error: cannot load the model {ROOT / 'tests'}"),
-        (["--k", "500"], "error: a pool of K=500 photos needs 500 concepts"),
+        (
+            ["--k", "24"],
+            "error: --k 24 needs 24 things to train on, and here are 23 (40 things, of which 17 "
+            "kept for the test); add photos of more things, or lower --k",
+        ),
     ],
 )
 def test_bad_input_gets_one_clear_line(arguments, message, tmp_path, monkeypatch):
@@ -347,6 +366,24 @@ def test_bad_input_gets_one_clear_line(arguments, message, tmp_path, monkeypatch
         play_as_script(monkeypatch, "--out", tmp_path / "x", *arguments)
     assert stop.value.code.startswith(message)
     assert "\n" not in stop.value.code
+
+
+def test_photos_without_a_model_get_the_command_that_was_meant(monkeypatch):
+    arguments = ["rrg.py", "--data", "my photos", "--lr", "0.1"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(DataError) as refusal:
+        rrg.read_settings()
+    command = str(refusal.value).split("You probably want: ")[1]
+    assert command == (
+        "python rrg.py --data 'my photos' --lr 0.1 --model Qwen/Qwen2-VL-2B-Instruct"
+    )
+    monkeypatch.setattr("sys.argv", shlex.split(command)[1:])
+    config, _ = rrg.read_settings()
+    assert (config.data, config.lr, config.model) == (
+        "my photos",
+        0.1,
+        "Qwen/Qwen2-VL-2B-Instruct",
+    )
 
 
 def test_a_choice_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
@@ -610,10 +647,11 @@ def test_real_photos_of_several_sizes(tmp_path, random_folder):
     assert (rows[0]["oracle"], rows[0]["leakage"]) == ("", "")
 
 
-def test_a_run_goes_on_with_the_photos_that_it_was_begun_with(tmp_path, random_folder):
+def test_a_run_goes_on_with_the_photos_that_it_was_begun_with(tmp_path, random_folder, capsys):
     """Wherever they lie. Its config.json says what was held out."""
     things = ["bo", "mam", "rex", "tom"]
     photos = make_photos(tmp_path / "photos", [f"{t}/{i}.png" for t in things for i in range(2)])
+    (photos / "bo/notes.gif").write_bytes(b"GIF89a")
     small = "--steps 1 --games 2 --samples 2 --eval-games 2 --max-tokens 4 --rank 2".split()
     begun = ["--model", str(random_folder), "--data", str(photos), *small]
     play(tmp_path / "out", *begun)
@@ -621,9 +659,15 @@ def test_a_run_goes_on_with_the_photos_that_it_was_begun_with(tmp_path, random_f
     parts = config["concepts"]
     assert sorted(parts["train"] + parts["test"]) == things
     assert (len(parts["test"]), parts["unseen"]) == (1, [])
+    shown = capsys.readouterr().out
+    assert "4 things, of which 1 is kept for the test: 3 to train on (6 games), 1 held out" in shown
+    assert "notes.gif" in (tmp_path / "out/skipped.txt").read_text()
 
     photos = photos.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"photos is not a folder; .*--data DIR .*--resume"):
+        play(tmp_path / "out", "--resume")
     play(tmp_path / "out", "--resume", "--data", str(photos))
+    play(tmp_path / "out", "--resume")  # which knows their new place now
     for name in ("bo", "rex"):
         (photos / name / "0.png").unlink()
     make_photos(photos, ["bo/2.png", "rex/2.png"])

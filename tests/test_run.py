@@ -6,6 +6,9 @@ import functools
 import json
 import os
 import pathlib
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 import lora
+import repic
 import rrg
 import run
 import toy
 from conftest import ROOT
-from data import DataError
+from data import Concept, DataError, Photo, Split
 from run import option
 
 # dapo, since its division by the tokens of all processes is the most to go wrong.
@@ -114,6 +118,7 @@ def test_a_run_records_what_it_was(whole_run):
         "metrics.csv",
         "result.json",
         "samples.jsonl",
+        "state.previous.pt",
         "state.pt",
     }
 
@@ -250,27 +255,73 @@ def small_state(random_mllm):
     return optimizer
 
 
-def test_logs_are_cut_to_whole_lines_up_to_the_last_save(tmp_path):
+HEADING = "step,reward\n"
+
+
+def test_logs_are_cut_to_whole_lines_up_to_the_last_save(tmp_path, capsys):
     log = tmp_path / "metrics.csv"
     log.write_text("step,reward\n1,0.5\n2,0.5\n3,0.5\n4,0.")
-    run.cut_log(log, 4)
+    run.cut_log(log, 3, HEADING)
     assert log.read_text() == "step,reward\n1,0.5\n2,0.5\n3,0.5\n"
-    run.cut_log(log, 2)
+    run.cut_log(log, 2, HEADING)
     assert log.read_text() == "step,reward\n1,0.5\n2,0.5\n"
 
     samples = tmp_path / "samples.jsonl"
-    samples.write_text('{"step": 9}\n{"step": 10, "a": 1}\n{"step": 11}\n')
-    run.cut_log(samples, 10)
-    assert samples.read_text() == '{"step": 9}\n{"step": 10, "a": 1}\n'
+    samples.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"step": 3}\n')
+    run.cut_log(samples, 2)
+    assert samples.read_text() == '{"step": 1}\n{"step": 2, "a": 1}\n'
+    assert capsys.readouterr().out == ""
 
-    run.cut_log(tmp_path / "missing.csv", 2)  # which a power cut can lose
-    assert (tmp_path / "missing.csv").read_text() == ""
+
+@pytest.mark.parametrize("lost", ["", "1,0.5\n2,0.5\n", "\n1,0.5\n\n2,0.5\n3,0"])
+def test_a_log_without_its_heading_gets_it_back(lost, tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_text(lost)
+    run.cut_log(log, 2, HEADING)
+    rows = "1,0.5\n2,0.5\n" if lost else ""
+    assert log.read_text() == HEADING + rows
+
+
+def test_rows_that_are_lost_are_spoken_of(tmp_path, capsys):
+    run.cut_log(tmp_path / "missing.csv", 2, HEADING)  # which a power cut can lose
+    assert (tmp_path / "missing.csv").read_text() == HEADING
+    assert "missing.csv has lost 2 of 2 rows" in capsys.readouterr().out
+    (tmp_path / "torn.csv").write_text("step,reward\n1,0.5\n3,0.5\n")
+    run.cut_log(tmp_path / "torn.csv", 3, HEADING)
+    assert "torn.csv has lost 1 of 3 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"name,price\nmug,3\n",  # a table of something else
+        b"step,reward\n1,0.5,7\n",
+        b"1,0.5\nstep,loss\n",
+        b"\xff\xfe\x00 not a text\n",
+        b"<html>\n",
+    ],
+)
+def test_a_metrics_csv_that_is_none_is_refused_and_stays(content, tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_bytes(content)
+    message = "metrics.csv is not the log of this run; move it away, then --resume begins it anew"
+    with pytest.raises(DataError, match=message) as refusal:
+        run.cut_log(log, 4, HEADING)
+    assert "\n" not in str(refusal.value)
+    assert log.read_bytes() == content
+
+
+def test_a_samples_jsonl_that_is_none_is_refused(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"photo": 1}\n')
+    with pytest.raises(DataError, match="is not the log of this run"):
+        run.cut_log(tmp_path / "samples.jsonl", 1)
 
 
 def test_save_and_restore(random_mllm, tmp_path):
     optimizer = small_state(random_mllm)
     folder = run.Folder(rrg.Config(out=str(tmp_path)), "rrg", ["step"], resume=False)
     saved = run.State(step=4, seconds=1.5, before={"figures": {}})
+    folder.begin(random_mllm.device)
     folder.save(saved, random_mllm.model, optimizer)
 
     state = lora.lora_state(random_mllm.model)
@@ -302,12 +353,87 @@ def test_the_state_of_another_model_is_refused(random_mllm, tmp_path):
     with pytest.raises(DataError, match="is of another model"):
         folder.restore(random_mllm.model, optimizer)
 
+    # Of the same layers, but wider.
+    wider = {name: torch.zeros(3, *tensor.shape) for name, tensor in content["lora"].items()}
+    torch.save(content | {"lora": wider}, tmp_path / "state.pt")
+    with pytest.raises(DataError, match="is of another model"):
+        folder.restore(random_mllm.model, optimizer)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state\n", bytes(999), b"PK\3\4" + bytes(99)])
+def test_a_state_that_is_none_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        run.load_state(tmp_path)
+    message = str(refusal.value)
+    assert message.startswith(f"{tmp_path}/state.pt is torn, or not the state of a run of this ver")
+    assert message.endswith(
+        "to begin a new run, leave --resume out and give another --out, or none"
+    )
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": torch.zeros(2)}, torch.zeros(2), 7])
+def test_a_file_of_torchs_that_is_no_state_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(DataError, match="is torn, or not the state of a run of this version"):
+        run.load_state(tmp_path)
+
+
+def test_a_torn_state_says_how_to_go_back_and_the_run_comes_to_the_same_numbers(
+    tmp_path, monkeypatch
+):
+    shrink_world(monkeypatch)
+    options = "--steps 3 --games 2 --samples 2 --eval-games 2 --save-every 1 --max-tokens 8".split()
+    whole = tmp_path / "whole"
+    play(whole, *options)
+    assert torch.load(whole / "state.previous.pt", weights_only=True)["step"] == 2
+
+    out = tmp_path / "a run"  # with a space, which the command must quote
+    shutil.copytree(whole, out)
+    (out / "result.json").unlink()
+    os.truncate(out / "state.pt", (out / "state.pt").stat().st_size // 2)
+    with pytest.raises(DataError, match="state.pt is torn, or not the state of a run") as refusal:
+        play(out, "--resume")
+    message = str(refusal.value)
+    assert "\n" not in message
+    command = re.search("to go back to the save before it: (.*), then --resume again", message)[1]
+    subprocess.run(shlex.split(command), check=True)
+    play(out, "--resume")
+    check_same_run(out, whole)
+
+
+def test_a_state_of_another_run_is_refused(random_mllm, tmp_path):
+    """Where a run lies and how its games are cut up do not matter."""
+    optimizer = small_state(random_mllm)
+    folder = run.Folder(rrg.Config(out=str(tmp_path)), "rrg", ["step"], resume=False)
+    folder.begin(random_mllm.device)
+    folder.save(run.State(4, 1.5, {}), random_mllm.model, optimizer)
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    settings = content["settings"] | {"out": "elsewhere", "micro": 7, "data": "moved"}
+    torch.save(content | {"settings": settings}, tmp_path / "state.pt")
+    assert folder.restore(random_mllm.model, optimizer).step == 4
+    torch.save(content | {"settings": settings | {"seed": 8}}, tmp_path / "state.pt")
+    with pytest.raises(DataError, match="is of another run: --seed was 8, not 0"):
+        folder.restore(random_mllm.model, optimizer)
+
+
+def test_a_lost_state_says_how_to_go_on(tmp_path):
+    write_run(tmp_path, dataclasses.asdict(rrg.Config()))
+    os.rename(tmp_path / "state.pt", tmp_path / "state.previous.pt")
+    with pytest.raises(DataError, match="has no state.pt; to go back to the save before it: mv "):
+        run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
+    with pytest.raises(DataError, match="holds a run already"):
+        run.Folder(rrg.Config(out=str(tmp_path)), "rrg", ["step"], resume=False)
+
 
 def write_run(folder, settings):
     """A run folder that --resume finds."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.pt").write_text("")
-    (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    record = {"command": "python x.py --y", "settings": settings}
+    (folder / "config.json").write_text(json.dumps(record))
 
 
 def test_resume_keeps_the_settings(tmp_path):
@@ -315,20 +441,58 @@ def test_resume_keeps_the_settings(tmp_path):
     same = {"out": str(tmp_path), "lr": 5e-4}
     assert run.resumed_settings(rrg.Config, same).lr == 5e-4
     # The folder may have been moved, and micro changes no result.
-    moved = run.resumed_settings(rrg.Config, {"out": str(tmp_path), "micro": 3})
+    moved = run.resumed_settings(rrg.Config, {"out": str(tmp_path), "micro": 3, "data": "b"})
     assert moved.out == str(tmp_path)
-    assert moved.micro == 3
+    assert (moved.micro, moved.data) == (3, "b")
+    with pytest.raises(DataError, match="--micro must be at least 1"):
+        run.resumed_settings(rrg.Config, {"out": str(tmp_path), "micro": 0})
     with pytest.raises(DataError, match="as it was: --lr was 0.0005, not 1.0"):
         run.resumed_settings(rrg.Config, {"out": str(tmp_path), "lr": 1.0})
 
 
+SETTINGS = dataclasses.asdict(rrg.Config())
+EARLIER = {name: value for name, value in SETTINGS.items() if name != "train_games"}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"min_chars": 100}, ["lr"], "lr"], ids=["another script", "list", "text"]
+    "settings, wrong",
+    [
+        (dataclasses.asdict(repic.Config()), "--embedder is missing or unknown"),
+        (SETTINGS | {"min_chars": 100}, "--min-chars is missing or unknown"),
+        (EARLIER, "--train-games is missing or unknown"),
+        (SETTINGS | {"lr": "fast"}, "--lr is 'fast'"),
+        (SETTINGS | {"steps": None}, "--steps is None"),
+        (["lr"], "there are no settings in it"),
+        ("lr", "there are no settings in it"),
+        (None, "there are no settings in it"),
+    ],
 )
-def test_settings_of_another_script_or_version_are_refused(settings, tmp_path):
+def test_settings_of_another_script_or_version_are_refused(settings, wrong, tmp_path):
+    """With what to do: go on with what began the run."""
     write_run(tmp_path, settings)
+    with pytest.raises(DataError) as refusal:
+        run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
+    assert str(refusal.value) == (
+        f"{tmp_path}/config.json is of another version or script ({wrong}; it was begun by: python "
+        "x.py --y); go on with that one, or begin anew with another --out"
+    )
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    write_run(tmp_path, SETTINGS)
+    (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(DataError, match="config.json is of another version or script"):
         run.resumed_settings(rrg.Config, {"out": str(tmp_path)})
+
+
+def test_the_settings_of_every_method_are_read_again(tmp_path):
+    """Also SFT's, which has one answer a prompt."""
+    for number, arguments in enumerate([["--sft"], ["--without", "oct"], []]):
+        config, _ = repic.read_settings(arguments)
+        out = tmp_path / str(number)
+        write_run(out, dataclasses.asdict(config))
+        again, resume = repic.read_settings(["--resume", "--out", str(out)])
+        assert (again, resume) == (dataclasses.replace(config, out=str(out)), True)
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):
@@ -341,10 +505,11 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path):
 
 def test_resume_without_a_folder_takes_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="nothing to resume: runs/none has no state.pt"):
+    message = "nothing to resume: runs/none has no state.pt; to begin a new run, leave --resume out"
+    with pytest.raises(DataError, match=message):
         run.resumed_settings(rrg.Config, {})
     for age, name in ((100, "b"), (0, "a"), (200, "c")):
-        write_run(tmp_path / "runs" / name, {})
+        write_run(tmp_path / "runs" / name, SETTINGS)
         moment = time.time() - age
         os.utime(tmp_path / "runs" / name / "config.json", (moment, moment))
     assert run.newest_run() == "runs/a"
@@ -392,6 +557,32 @@ def test_only_what_was_given_is_read():
     assert read("--top-k", "1", "--quiet") == {"top_k": 1, "quiet": True}
     assert read("--adapter", "a", "--adapter", "b") == {"adapter": ["a", "b"]}
     assert read("--loss", "dapo", "--folder", "") == {"loss": "dapo", "folder": ""}
+
+
+def test_a_positional_option_may_be_given_several_times(capsys, monkeypatch):
+    @dataclass
+    class Runs:
+        runs: list = option([], "the folders of runs", metavar="RUN", positional=True)
+
+    assert run.read_options(Runs, DOC, []) == {}
+    assert run.read_options(Runs, DOC, ["a", "b"]) == {"runs": ["a", "b"]}
+    assert run.fill_in(Runs, {}, is_toy=False).runs == []
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit):
+        run.read_options(Runs, DOC, ["--help"])
+    assert capsys.readouterr().out.startswith("usage: python script.py [options] [RUN ...]\n")
+
+
+@pytest.mark.parametrize("script", ["rrg.py", "repic.py"])
+def test_a_usage_error_shows_the_usage_in_one_line(script, capsys, monkeypatch):
+    cls = rrg.Config if script == "rrg.py" else repic.Config
+    monkeypatch.setattr(sys, "argv", [script, "--step", "3"])
+    with pytest.raises(SystemExit):
+        run.read_options(cls, DOC, resumable=True)
+    assert capsys.readouterr().err.splitlines() == [
+        f"usage: python {script} [options]",
+        f"{script}: error: unrecognized arguments: --step 3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -517,6 +708,126 @@ def test_a_row_is_the_mean_over_all_processes(tmp_path, monkeypatch):
     assert row == {"step": "1", "reward": "0.5"}
 
 
+# ----------------------------------------------------------------------- answers that nobody reads
+def log_steps(folder, parsed, begin=True):
+    """Log steps with these shares of answers that could be read.   -> the Folder"""
+    columns = ["step", "parsed"]
+    config = rrg.Config(out=str(folder), steps=len(parsed))
+    log = run.Folder(config, "rrg", columns, resume=False)
+    log.begin(torch.device("cpu"))
+    for step in log.steps(0):
+        answers = [{"text": "A red mug.", "parsed": 1.0}, {"text": "I see\na mug", "parsed": 0.0}]
+        log.log({"step": step + 1, "parsed": parsed[step]}, {"step": step, "samples": answers})
+    return log
+
+
+def test_a_first_step_of_which_hardly_an_answer_can_be_read_says_so(tmp_path, capsys):
+    log_steps(tmp_path / "a", [0.0499, 0, 0])
+    shown = capsys.readouterr().out
+    assert shown.count("hardly any answer of the first step could be read (5.0%)") == 1
+    assert "such as 'I see\\na mug'" in shown
+    assert "--max-tokens" in shown and "Instruct" in shown
+    log_steps(tmp_path / "b", [0.05, 0, 0])  # at first it is enough
+    assert "hardly" not in capsys.readouterr().out
+
+
+def test_ten_steps_in_a_row_without_an_answer_that_can_be_read_stop_a_run(tmp_path):
+    log_steps(tmp_path / "nine", [0.0] * 9)
+    log_steps(tmp_path / "broken", [0.0] * 9 + [0.01] + [0.0] * 9)
+    with pytest.raises(DataError, match="no answer of 10 steps in a row .*'I see.*--max-tokens"):
+        log_steps(tmp_path / "ten", [0.5] + [0.0] * 20)
+    rows = (tmp_path / "ten/metrics.csv").read_text().splitlines()
+    assert rows[-1] == "11,0"
+
+
+def test_a_run_that_goes_on_still_knows_for_how_long_nothing_could_be_read(
+    random_folder, tmp_path, monkeypatch
+):
+    """Two tokens are no description. Of twelve steps the state of the eighth is saved."""
+    shrink_world(monkeypatch)
+    options = "--steps 12 --games 2 --samples 2 --eval-games 1 --max-tokens 2 --save-every 4"
+    arguments = ["--model", str(random_folder), *options.split()]
+    with pytest.raises(DataError, match="no answer of 10 steps in a row could be read"):
+        play(tmp_path, *arguments)
+    assert len(read_metrics(tmp_path)) == 10
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 8
+    with pytest.raises(DataError, match="no answer of 10 steps in a row could be read"):
+        play(tmp_path, "--resume")
+    assert len(read_metrics(tmp_path)) == 10
+
+
+# ---------------------------------------------------------------------------- what a run has found
+def things(*names):
+    return [Concept(name, "object", [Photo(f"{name}/1", None)]) for name in names]
+
+
+def test_what_is_held_out_is_said_in_words(capsys):
+    split = Split(train=things("a", "b"), test=things("c"), unseen=[])
+    run.print_split(split, {"train": 12, "seen": 6, "unseen": 0}, "games")
+    split = Split(train=things("a", "b"), test=[], unseen=[])
+    run.print_split(split, {"train": 3, "seen": 0, "unseen": 0}, "tasks")
+    split = Split(train=things("a", "b"), test=things("c"), unseen=things("d", "e"))
+    run.print_split(split, {"train": 9, "seen": 2, "unseen": 5}, "games")
+    assert capsys.readouterr().out.splitlines() == [
+        "3 things, of which 1 is kept for the test: 2 to train on (12 games), 1 held out (6 games)",
+        "2 things, of which none are kept for the test: 2 to train on (3 tasks), 0 held out "
+        "(0 tasks)",
+        "5 things, of which 3 are kept for the test: 2 to train on (9 games), 1 held out (2 games),"
+        " 2 of categories held out whole (5 games)",
+    ]
+
+
+def test_the_list_of_skipped_files_is_in_the_run_folder(tmp_path, monkeypatch):
+    assert run.skipped_file(tmp_path) == tmp_path / "skipped.txt"
+    assert run.skipped_file(tmp_path / "nowhere") is None
+    pretend(monkeypatch, 1, 2)
+    assert run.skipped_file(tmp_path) is None
+
+
+# --------------------------------------------------------------------------- where output can go
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    new = run.output_file(str(tmp_path / "a/b/new.json"))
+    assert new == tmp_path / "a/b/new.json"
+    assert list(new.parent.iterdir()) == []
+    new.write_text("kept")
+    run.output_file(new)
+    assert new.read_text() == "kept"
+    assert list(new.parent.iterdir()) == [new]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file/x.json", tmp_path / ("x" * 300)):
+        with pytest.raises(
+            DataError, match="cannot write .* so choose another place for it: "
+        ) as e:
+            run.output_file(place)
+        assert "\n" not in str(e.value)
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    # A folder that may not be written. (Whoever runs the tests may be allowed to write anywhere.)
+    monkeypatch.setattr(run.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(DataError, match="cannot write .*y.json, .*Permission denied"):
+        run.output_file(tmp_path / "y.json")
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(rrg, "MLLM", None)  # would fail
+    for out in (tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(DataError, match="cannot write .*config.json"):
+            play(out)
+
+
+def test_photos_that_are_not_there_are_missed_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(rrg, "MLLM", None)
+    with pytest.raises(DataError, match=r"/nowhere is not a folder; .*--data DIR .*--resume"):
+        play(tmp_path, "--data", str(tmp_path / "nowhere"), "--model", str(toy.FOLDER))
+
+
+# ------------------------------------------------------------------------------ several processes
 def test_games_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
     pretend(monkeypatch, 0, 5)
     with pytest.raises(DataError, match="--games 12 cannot be shared equally by 5 processes"):
