@@ -29,10 +29,14 @@ Shapes: B prompts, N rows (continuations), P prompt tokens, T tokens that contin
 C tokens of an answer, V vocabulary, D width of the language model.
 """
 
+import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -52,10 +56,14 @@ from data import DataError, Photo, one_line_errors
 from grpo import token_logps
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+EXAMPLE = "Qwen/Qwen2-VL-2B-Instruct"  # a hub name, for messages
+# What is raised where a checkpoint's files are missing, torn, or of another shape.
+UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 # These bound the memory and change no result.
 FEATURES = 2**32  # bytes of photo features that are remembered, on the CPU: 2700 photos at 2B
 ROWS = 128  # photos that are read, and texts that continue them, in one pass of the listener
 LOGITS = 2**26  # logits that exist at once when answers are scored, in fp32 256 MB
+COMPARING = "comparing photos and words"  # the title of that work
 PICTURE = "<|picture|>"  # in the text of a Prompt: here is the next photo
 # Qwen2-VL's chat layout, for base checkpoints, which come without one.
 CHAT = (
@@ -125,6 +133,41 @@ def chunks(items, size, progress=None):
         yield items[start : start + size]
 
 
+def load_pictures(photos):
+    """The pictures of some photos, read on all cores: Pillow decodes outside of Python's lock."""
+
+    def load(photo):
+        return photo.load()
+
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(load, photos))
+
+
+def check_name(name):
+    """Raise DataError, with the next step, for a --model that can be none."""
+    folder = pathlib.Path(name)
+    is_folder = bool(name) and folder.is_dir()
+    for adapter in (folder, folder / "adapter"):
+        if (adapter / "adapter_config.json").is_file():
+            raise DataError(
+                f"{name} holds an adapter, not a model: give it to assistant.py or evaluate.py as "
+                f"--adapter {adapter}, and as --model what it was trained on"
+            )
+    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise DataError(
+            f"there is no model {name}: give --model a folder with a checkpoint, or a hub name "
+            f"such as {EXAMPLE}"
+        )
+
+
+def loading_errors(what, name):
+    """`with loading_errors("model", name):` whatever is wrong with its files is one line."""
+    advice = "it is no folder here; a name on the hub wants the network the first time"
+    if pathlib.Path(name).is_dir():
+        advice = "if a file is missing, torn or a Git-LFS pointer, download it again"
+    return one_line_errors(f"cannot load the {what} {name} ({advice})", *UNLOADABLE)
+
+
 class MLLM:
     """A Qwen2-VL (or 2.5-VL), its tokenizer and its picture processor.
 
@@ -142,13 +185,14 @@ class MLLM:
             self.device = torch.device(f"cuda:{torch.cuda.current_device()}")
             dtype = torch.bfloat16
 
-        with one_line_errors(f"cannot load the model {name}", OSError, ValueError):
+        check_name(name)
+        with loading_errors("model", name):
             # No code that comes with a checkpoint is run, and no pickle is read.
             family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
             if family not in FAMILIES:
                 raise DataError(
                     f"{name} is a {family}; this program plays with Qwen2-VL and Qwen2.5-VL "
-                    "checkpoints"
+                    f"checkpoints, such as --model {EXAMPLE}"
                 )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.processor = Qwen2VLImageProcessorPil.from_pretrained(name, max_pixels=max_pixels)
@@ -173,6 +217,17 @@ class MLLM:
         self.unknown = self.tokenizer.unk_token_id  # None if the tokenizer can spell anything
         self.markers = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         self.features = {}  # {Photo: EncodedPhoto}, the one that was wanted last at the end
+        # Told (title, how many) as work goes on, in the place of bars: one bar over many calls.
+        self.on_done = None
+
+    def bar_title(self, title):
+        """The title of a progress bar; None, for no bar, where `on_done` is told instead."""
+        return None if self.on_done is not None else title
+
+    def tell(self, title, count):
+        """Tell `on_done`, if there is one, that so much of the work of this title is done."""
+        if self.on_done is not None and title is not None:
+            self.on_done(title, count)
 
     # ----------------------------------------------------------------------------------- words
     def encode(self, text):
@@ -199,14 +254,18 @@ class MLLM:
                 found.add(ids[0])
         return sorted(found)
 
-    def check_words(self, texts):
-        """Raise DataError if there is a word that the model does not know.
+    def knows(self, text):
+        """Does the model know every word of a text?
 
-        Such a word would be read as nothing. Real tokenizers can spell anything; the toy model
-        knows few words.
+        Real tokenizers can spell anything; the toy model knows few words, and would read any other
+        as nothing.
         """
+        return self.unknown is None or self.unknown not in self.encode(text)
+
+    def check_words(self, texts):
+        """Raise DataError if there is a text of which the model does not know every word."""
         for text in texts:
-            if self.unknown in self.encode(text):
+            if not self.knows(text):
                 raise DataError(
                     f"this model does not know every word of {text[-200:]!r}. The toy model knows "
                     "the toy world only: for real things give a real --model; after a change of "
@@ -254,7 +313,9 @@ class MLLM:
     def encode_photos(self, photos, progress=None):
         """What the vision tower makes of photos.   -> [EncodedPhoto, ...]
 
-        The tower is frozen: each photo is encoded once and remembered, as long as there is room.
+        The tower is frozen: each photo is encoded once and remembered, as long as there is room. A
+        scene that is never met again (Photo.kept) is remembered until the next new photos come,
+        which is as long as its step lasts.
         """
         encoded = {}  # {Photo: EncodedPhoto}
         new = []
@@ -264,7 +325,7 @@ class MLLM:
             else:
                 new.append(photo)
         for batch in chunks(new, 16, progress):
-            pictures = [photo.load() for photo in batch]
+            pictures = load_pictures(batch)
             inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
             grids = inputs["image_grid_thw"]  # [photos, 3]
             output = self.model.model.get_image_features(inputs["pixel_values"], grids)
@@ -272,10 +333,18 @@ class MLLM:
             for photo, of_photo, grid in zip(batch, features, grids, strict=True):
                 encoded[photo] = EncodedPhoto(of_photo.cpu(), grid.cpu())
 
+        if new:
+            self.forget_scenes()
         self.features |= encoded  # at the end
         if new:
             self.forget_oldest()
         return [encoded[photo] for photo in photos]
+
+    def forget_scenes(self):
+        """Forget the scenes of the step before: each is made for one task."""
+        for photo in list(self.features):
+            if not photo.kept:
+                del self.features[photo]
 
     def forget_oldest(self):
         """Forget those photos that were not wanted for longest, until the others have room."""
@@ -295,7 +364,7 @@ class MLLM:
     def embed(self, photos):
         """{photo name: unit vector [D]}, the mean of the tower's features: for similarity."""
         vectors = {}
-        for batch in chunks(photos, 16, "looking at the photos"):
+        for batch in chunks(photos, 16, self.bar_title("looking at the photos")):
             for photo, encoded in zip(batch, self.encode_photos(batch), strict=True):
                 mean = encoded.features.float().mean(0)  # [D]
                 vectors[photo.name] = F.normalize(mean, dim=0)
@@ -439,8 +508,9 @@ class MLLM:
     def greedy(self, prompts, max_tokens=128, progress=None):
         """The greedy answers to any number of prompts.   -> texts"""
         texts = []
-        for part in chunks(prompts, 32, progress):
+        for part in chunks(prompts, 32, self.bar_title(progress)):
             texts += self.speak(part, max_tokens=max_tokens).texts
+            self.tell(progress, len(part))
         return texts
 
     def log_probs(self, prompts, ids, mask=None):
@@ -530,20 +600,23 @@ class MLLM:
         """The greedy answers to a template, for pairs [(photo, text), ...].   -> texts [pairs]"""
         answers = {}  # {pair: text}
         total = len(set(pairs))
-        with tqdm(total=total, desc=progress, leave=False, disable=progress is None) as bar:
+        title = self.bar_title(progress)
+        with tqdm(total=total, desc=title, leave=False, disable=title is None) as bar:
             for some_pairs, prefix in self.prefill_pairs(template, pairs):
                 texts = self.sample(prefix, max_tokens).texts
                 answers.update(zip(some_pairs, texts, strict=True))
                 bar.update(len(some_pairs))
+                self.tell(progress, len(some_pairs))
         return [answers[pair] for pair in pairs]
 
     def compare(self, photos, texts):
         """How well each text fits each photo: the listener's belief, a strong measure of it (as in
         VQAScore, ECCV 2024).   -> [photos, texts]"""
         rows = []
-        for some_photos in chunks(photos, 16, "comparing photos and words"):
+        for some_photos in chunks(photos, 16, self.bar_title(COMPARING)):
             pairs = [(photo, text) for photo in some_photos for text in texts]
             rows.append(self.believe(pairs).view(-1, len(texts)))
+            self.tell(COMPARING, len(pairs))
         return torch.cat(rows)
 
 
@@ -551,7 +624,7 @@ class Clip:
     """A CLIP that measures similarity: `embed` and `compare`, as MLLM has them, in its place."""
 
     def __init__(self, name, device):
-        with one_line_errors(f"cannot load the CLIP model {name}", OSError, ValueError):
+        with loading_errors("CLIP model", name):
             self.model = CLIPModel.from_pretrained(name).to(device).eval()
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -561,7 +634,7 @@ class Clip:
         """{photo name: unit vector [D]}."""
         vectors = {}
         for batch in chunks(photos, 32, "CLIP looks at the photos"):
-            pictures = [photo.load() for photo in batch]
+            pictures = load_pictures(batch)
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
             output = self.model.get_image_features(pixel_values=pixels.to(self.model.device))
             unit = F.normalize(output.pooler_output, dim=-1).cpu()  # [photos, D]

@@ -23,20 +23,27 @@ download and about a second to draw. The checkpoint that sees it is toy-qwen2-vl
 Words: an attribute is a `kind` and a `word` of that kind. A `subject` {kind: word} holds the
 category and the identity of a concept, a `view` {kind: word} place, pose and light, and a `truth`
 both: all that is true of one photo.
+
+To have things of your own that the toy model can see, draw a folder of toys:
+
+    python toy.py --photos my_toys    # things/, new photos of them in new/, and what to do next
 """
 
 import json
 import math
 import pathlib
 import random
+import shlex
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from data import Concept, Photo, one_line_errors
+import run
+from data import Concept, DataError, Photo, one_line_errors
 from reward import Description
+from run import option
 
 FOLDER = pathlib.Path(__file__).parent / "toy-qwen2-vl"  # the checkpoint that knows this world
 ATTRIBUTES = {
@@ -709,3 +716,88 @@ def truth_columns(games, descriptions):
         columns["leakage"].append(float(leaks(text)))
         columns["coverage"].append(coverage(text))
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
+# ----------------------------------------------------------------------- a folder of toys, to try
+THINGS = 4  # of each unseen category: look-alikes, easily taken for one another
+PER_THING = 4  # photos of each that are in things/; the last one of all is the new one
+
+NEXT = """\
+{count} toys, {each} photos each, are in {folder}/things. In {folder}/new are a new photo of each,
+called by its name, and stranger.png, of a toy that looks like them and is none of them. All are of
+categories that python rrg.py never trains on.
+
+Ask the model as it came. It describes a photo, with pose and place, rather than the toy, so it
+finds none of your things here, or the wrong one:
+
+  python assistant.py --photos {folder}/things {folder}/new/{name}.png
+
+Train an adapter on other toys (a minute), let it describe these, and ask again. It says the name
+and why; of the stranger it says that it is none of them:
+
+  python rrg.py --out runs/toy
+  python assistant.py --adapter runs/toy/adapter --photos {folder}/things {folder}/new/{name}.png
+  python assistant.py --adapter runs/toy/adapter --photos {folder}/things {folder}/new/stranger.png
+
+Or train on these things themselves, as you would on your own photos:
+
+  python rrg.py --model {model} --data {folder}/things"""
+
+
+@dataclass
+class Options:
+    """Every option of this script."""
+
+    photos: str = option("", "draw here; a folder that is new or empty", metavar="DIR")
+
+
+def toys_of(category):
+    """Look-alikes that a run of seed 0 holds out.   -> [Concept, ...]"""
+    return [concept for concept in world(seed=0) if concept.category == category]
+
+
+def save_photo(photo, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    photo.load().save(file)
+
+
+def draw_folder(folder):
+    """Draw things/<name>/1.png and so on, new/<name>.png and new/stranger.png.
+
+    No folders of categories: the toy model is asked about "the main subject" only.
+    -> [Concept, ...] that are in things/
+    """
+    things = []
+    for category in UNSEEN:
+        things += toys_of(category)[:THINGS]
+    for thing in things:
+        for number, photo in enumerate(thing.photos[:PER_THING], 1):
+            save_photo(photo, folder / "things" / thing.name / f"{number}.png")
+        save_photo(thing.photos[-1], folder / "new" / f"{thing.name}.png")
+    stranger = toys_of(UNSEEN[0])[THINGS]
+    save_photo(stranger.photos[-1], folder / "new" / "stranger.png")
+    return things
+
+
+def main(argv=None):
+    options = Options(**run.read_options(Options, __doc__, argv))
+    if not options.photos:
+        raise DataError("give a folder to draw in: python toy.py --photos my_toys")
+    folder = pathlib.Path(options.photos)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty; give --photos a folder that is new or empty")
+    things = draw_folder(folder)
+    shown = shlex.quote(str(folder))
+    print(
+        NEXT.format(
+            count=len(things),
+            each=PER_THING,
+            folder=shown,
+            name=things[0].name,
+            model=FOLDER.name,
+        )
+    )
+
+
+if __name__ == "__main__":
+    run.main(main)

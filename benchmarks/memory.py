@@ -1,7 +1,7 @@
 """memory.py: what a training step of the full-size model keeps in GPU memory, counted on any
 machine and without its weights.
 
-    python benchmarks/memory.py       # Qwen2-VL-2B: 512 image tokens, answers of 128 tokens, G = 8
+    python benchmarks/memory.py       # Qwen2-VL-2B: 512 image tokens, answers of 256 tokens, G = 8
     python benchmarks/memory.py --layers 28 --width 3584 --inner 18944 \\
         --heads 28 --kv-heads 4 --vocabulary 152064                       # 7B
 
@@ -9,6 +9,9 @@ The model is built on PyTorch's meta device, where tensors have shapes and no co
 read and continued by its G answers as MLLM.log_probs does it, and everything that autograd keeps
 for the backward pass is added up. What this leaves out: CUDA's own share (about half a GB),
 fragmentation, and buffers that live for a moment; so allow a few GB more.
+
+Nothing on the GPU grows with the number of photos: their features lie on the CPU, where they have a
+bound (model.FEATURES), and a pass fetches those of its own photos.
 
 Shapes: B games, N = B*G answers, P prompt tokens, C tokens of an answer, V vocabulary, D width.
 """
@@ -26,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import run  # noqa: E402
 from grpo import token_logps  # noqa: E402
 from lora import add_lora  # noqa: E402
-from model import LOGITS, Prefix  # noqa: E402
+from model import FEATURES, LOGITS, ROWS, Prefix  # noqa: E402
 from run import option  # noqa: E402
 
 META = torch.device("meta")
@@ -44,6 +47,7 @@ class Sizes:
     kv_heads: int = option(2, "heads of keys and values")
     vocabulary: int = option(151936, "V")
     rank: int = option(64, "rank of the adapters")
+    games: int = option(16, "B, games a step")
     samples: int = option(8, "G")
     image_tokens: int = option(512, "image tokens of a photo")
     max_tokens: int = option(256, "C, tokens of an answer")
@@ -154,6 +158,47 @@ def kept_bytes(model, sizes, games):
     return kept.bytes()
 
 
+def photo_bytes(sizes):
+    """Bytes of a photo's features in bf16, as MLLM remembers them."""
+    return 2 * sizes.image_tokens * sizes.width
+
+
+def cache_bytes(sizes, rows, tokens):
+    """Bytes of the keys and values in bf16 of `rows` texts of `tokens` tokens."""
+    head_size = sizes.width // sizes.heads
+    return 2 * 2 * sizes.layers * sizes.kv_heads * head_size * rows * tokens
+
+
+def speaking_bytes(sizes):
+    """Bytes of the caches when all N answers have reached the longest length."""
+    prompt_tokens = sizes.image_tokens + PROMPT_WORDS  # P
+    prompts = cache_bytes(sizes, sizes.games, prompt_tokens)
+    rows = sizes.games * sizes.samples  # N
+    return prompts + cache_bytes(sizes, rows, prompt_tokens + sizes.max_tokens)
+
+
+def listening_bytes(sizes):
+    """Bytes of the caches and features in the listener's largest pass, however many photos and
+    descriptions there are."""
+    prompt_tokens = sizes.image_tokens + PROMPT_WORDS  # P
+    photos = ROWS * photo_bytes(sizes) + cache_bytes(sizes, ROWS, prompt_tokens)
+    return photos + cache_bytes(sizes, ROWS, prompt_tokens + sizes.max_tokens)
+
+
+def show_photos(sizes):
+    """Print what photos take: a bound on the CPU, and on the GPU what a pass needs."""
+    one = photo_bytes(sizes)
+    print(
+        f"photos, on the CPU: {one / 1e6:.2f} MB each, at most {FEATURES / 1e9:.1f} GB, which is "
+        f"{FEATURES // one} photos; and of every one {4 * sizes.width / 1e3:.0f} KB, for mining"
+    )
+    print(
+        f"on the GPU, without gradients: {speaking_bytes(sizes) / 1e9:.1f} GB when "
+        f"{sizes.games * sizes.samples} answers are sampled, {listening_bytes(sizes) / 1e9:.1f} GB "
+        f"when the listener reads {ROWS} photos; gone before the backward pass"
+    )
+
+
 def main():
     sizes = Sizes(**run.read_options(Sizes, __doc__))
     model = empty_model(sizes)
@@ -166,6 +211,8 @@ def main():
         f"{adapters / 1e6:.0f}M adapter weights with gradients and Adam: "
         f"{adapter_bytes / 1e9:.1f} GB"
     )
+
+    show_photos(sizes)
 
     # A chunk of logits is made again in the backward pass, in fp32 and with its gradient: three
     # tensors of its size.

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -19,13 +21,18 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import lora
-import make
-import model
-import reward
-from conftest import plain_logps, plain_row, prompts_about, save_checkpoint
-from data import DataError, Photo
-from model import MLLM, PICTURE, Clip, Prompt, chunks
+from conftest import ROOT, plain_logps, plain_row, prompts_about, save_checkpoint
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import lora  # noqa: E402
+import make  # noqa: E402
+import memory  # noqa: E402
+import model  # noqa: E402
+import repic  # noqa: E402
+import reward  # noqa: E402
+from data import DataError, Photo  # noqa: E402
+from model import MLLM, PICTURE, Clip, Prompt, chunks  # noqa: E402
 
 
 def uniforms(max_tokens, rows, seed=0):
@@ -395,7 +402,11 @@ def test_a_word_that_the_model_does_not_know_is_refused(toy_mllm, byte_folder, p
         toy_mllm.check_words(["a red mug", "a zeppelin"])
     with pytest.raises(DataError, match="does not know every word"):
         toy_mllm.speak([Prompt(photos[:1], "Describe the zeppelin")])
-    MLLM(str(byte_folder), 12544).check_words(["a zeppelin"])  # which can spell anything
+    assert toy_mllm.knows("a red mug")
+    assert not toy_mllm.knows("a red zeppelin")
+    mllm = MLLM(str(byte_folder), 12544)  # which can spell anything
+    assert mllm.knows("a zeppelin")
+    mllm.check_words(["a zeppelin"])
 
 
 def test_a_checkpoint_without_a_chat_template_gets_qwens(random_folder, tmp_path):
@@ -418,14 +429,56 @@ def test_a_description_is_quoted_without_the_tokenizers_markers(toy_mllm):
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(DataError, match="is a bert; this program plays with Qwen2-VL"):
+    wanted = "is a bert; this program plays with Qwen2-VL .*, such as --model Qwen/Qwen2-VL-2B"
+    with pytest.raises(DataError, match=wanted):
         MLLM(str(tmp_path), 4096)
 
 
-def test_a_folder_without_a_model_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="^cannot load the model .*nothing: .*") as error:
-        MLLM(str(tmp_path / "nothing"), 4096)
+@pytest.mark.parametrize("name", ["nothing", "/nowhere/at/all", "too/many/parts", ""])
+def test_a_model_that_is_not_there_is_one_line(name):
+    wanted = f"^there is no model {name}: give --model a folder .* such as Qwen/Qwen2-VL-2B"
+    with pytest.raises(DataError, match=wanted) as error:
+        MLLM(name, 4096)
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch):
+    def from_pretrained(name, **settings):
+        raise OSError("We couldn't connect\nCheck your internet connection")
+
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", from_pretrained)
+    wanted = "^cannot load the model Qwen/Qwen3 .it is no folder here; .*: We couldn't connect$"
+    with pytest.raises(DataError, match=wanted):
+        MLLM("Qwen/Qwen3", 4096)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    adapter = tmp_path / "run/adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    for given in (tmp_path / "run", adapter):
+        with pytest.raises(DataError, match=f"{given} holds an adapter.* --adapter {adapter}, and"):
+            MLLM(str(given), 4096)
+
+
+@pytest.mark.parametrize("weights", [b"", b"version https://git-lfs.github.com/spec/v1", None])
+def test_weights_that_are_empty_a_pointer_or_torn_are_one_line(random_folder, tmp_path, weights):
+    shutil.copytree(random_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if weights is None else weights)
+    with pytest.raises(DataError, match="cannot load the model .*download it again.: Error"):
+        MLLM(str(tmp_path), 12544)
+
+
+def test_weights_of_another_size_are_one_line(random_folder, tmp_path):
+    shutil.copytree(random_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["intermediate_size"] = 64
+    file.write_text(json.dumps(config))
+    with pytest.raises(DataError, match="cannot load the model"):
+        MLLM(str(tmp_path), 12544)
 
 
 def test_the_size_of_a_picture_is_that_which_the_model_sees(random_folder):
@@ -470,6 +523,110 @@ def test_features_are_kept_on_the_cpu_and_not_without_bound(random_mllm, photos,
     assert torch.equal(again[1].features, before[0].features)
     monkeypatch.undo()
     random_mllm.features.clear()
+
+
+def test_photos_are_read_at_the_same_time(random_mllm):
+    """Neither can be read before the other is begun."""
+    both = threading.Barrier(2, timeout=10)
+
+    def load():
+        both.wait()
+        return Image.new("RGB", (64, 64))
+
+    assert len(random_mllm.encode_photos([Photo("one", load), Photo("other", load)])) == 2
+
+
+def remembered_bytes(mllm):
+    return sum(encoded.features.nbytes for encoded in mllm.features.values())
+
+
+def test_what_is_remembered_of_many_photos_has_a_bound(random_mllm, monkeypatch):
+    """A hundred photos of 4 x 4 image tokens, and room for twenty."""
+    random_mllm.features.clear()
+    bound = 20 * 16 * make.WIDTH * 4  # fp32
+    monkeypatch.setattr(model, "FEATURES", bound)
+    photos = []
+    for number in range(100):
+        photos.append(Photo(f"many/{number}", Image.new("RGB", (64, 64), (number, 0, 0)).copy))
+    most = 0
+    for some_photos in chunks(photos, 10):
+        random_mllm.embed(some_photos)
+        most = max(most, remembered_bytes(random_mllm))
+    assert most == bound
+    assert list(random_mllm.features) == photos[-20:]
+    # More photos than there is room for can be read at once, and are not all remembered.
+    assert len(random_mllm.encode_photos(photos)) == 100
+    assert remembered_bytes(random_mllm) == bound
+    random_mllm.features.clear()
+
+
+def test_scenes_are_forgotten_and_their_photos_are_not(random_mllm, photos, monkeypatch):
+    """RePIC makes a collage for each task: encoded once in its step, and gone in the next."""
+    random_mllm.features.clear()
+    encoded = []
+    tower = random_mllm.model.model.get_image_features
+
+    def count(pixels, grids):
+        encoded.append(len(grids))
+        return tower(pixels, grids)
+
+    monkeypatch.setattr(random_mllm.model.model, "get_image_features", count)
+    for step in range(5):
+        scene, _ = repic.collage(photos, 32, step)
+        prompts = [Prompt([photo, scene], "red mug") for photo in photos]
+        random_mllm.speak(prompts, max_tokens=2)
+        random_mllm.log_probs(prompts[:1], random_ids(1, 2))
+        random_mllm.log_probs(prompts[1:], random_ids(2, 2))
+        assert set(random_mllm.features) == {*photos, scene}
+    assert sum(encoded) == len(photos) + 5
+
+
+def test_the_memory_that_is_counted_is_what_tensors_take(toy_mllm, photos):
+    """benchmarks/memory.py, at the sizes of the toy model; which has fp32 here, counted is bf16."""
+    text = toy_mllm.config.text_config
+    sizes = memory.Sizes(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        image_tokens=16,
+    )
+    [encoded] = toy_mllm.encode_photos(photos[:1])
+    assert 2 * memory.photo_bytes(sizes) == encoded.features.nbytes
+
+    prefix = toy_mllm.prefill_prompts(prompts_about(photos), copies=2)
+    taken = 0
+    for layer in prefix.cache.layers:
+        taken += layer.keys.nbytes + layer.values.nbytes
+    rows, tokens = prefix.mask.shape
+    assert 2 * memory.cache_bytes(sizes, rows, tokens) == taken
+
+
+def test_the_memory_of_photos_at_full_size(capsys):
+    """512 image tokens of width 1536 in bf16; and 28 layers of two heads of 128, keys and values,
+    in bf16, are 28672 bytes a token."""
+    sizes = memory.Sizes()
+    assert memory.photo_bytes(sizes) == 1_572_864
+    # 16 prompts of 640 tokens, 128 continued by 256; 128 prompts, and as many continued.
+    assert memory.speaking_bytes(sizes) == 28672 * (16 * 640 + 128 * 896)
+    features = 128 * 1_572_864
+    assert memory.listening_bytes(sizes) == features + 28672 * 128 * (640 + 896)
+    memory.show_photos(sizes)
+    assert "1.57 MB each, at most 4.3 GB, which is 2730 photos" in capsys.readouterr().out
+
+
+def test_features_are_taken_off_the_device_that_made_them(random_mllm, monkeypatch):
+    """The meta device stands for a GPU: nothing can be copied from it, and the try is an error."""
+    tower = random_mllm.model.model.get_image_features
+
+    def elsewhere(pixels, grids):
+        output = tower(pixels, grids)
+        output.pooler_output = [features.to("meta") for features in output.pooler_output]
+        return output
+
+    monkeypatch.setattr(random_mllm.model.model, "get_image_features", elsewhere)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        random_mllm.encode_photos([Photo("far", Image.new("RGB", (64, 64)).copy)])
 
 
 def test_the_model_measures_similarity(random_mllm, photos):

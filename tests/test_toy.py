@@ -1,13 +1,28 @@
 """The drawn world: it is the same every time, and the truth can be read off the words."""
 
+import pathlib
 import random
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import rrg
 import toy
-from data import DataError, Game, Photo
-from reward import Description
+from conftest import ROOT
+from data import (
+    DataError,
+    Game,
+    Photo,
+    fingerprint,
+    load_concepts,
+    read_photo,
+    split_concepts,
+    tag,
+)
+from reward import Description, speaker_prompt
 
 MUG = {
     "category": "mug",
@@ -248,3 +263,112 @@ def test_the_checkpoint_is_small_and_ordinary():
     weights = toy.FOLDER / "model.safetensors"
     assert weights.stat().st_size < 10e6
     assert not list(toy.FOLDER.glob("*.bin"))
+
+
+# ---------------------------------------------------------------------- a folder of toys, to try
+def draw_toys(folder, capsys):
+    """python toy.py --photos FOLDER.   -> the commands that it says come next"""
+    toy.main(["--photos", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("  python ")]
+
+
+def test_toys_are_drawn_as_a_folder_of_things_and_new_photos(tmp_path, capsys, toy_mllm):
+    draw_toys(tmp_path / "my_toys", capsys)
+    things = load_concepts(tmp_path / "my_toys/things")
+    assert len(things) == 12
+    for thing in things:
+        assert len(thing.photos) == 4
+        # What a reader of these folders asks is what the toy model knows.
+        assert toy_mllm.knows(speaker_prompt(thing.photos[0], thing.category))
+        assert toy_mllm.knows(tag(thing.name))
+    known = {photo.pixels for thing in things for photo in thing.photos}
+
+    new = sorted((tmp_path / "my_toys/new").iterdir())
+    names = {thing.name for thing in things}
+    assert {file.stem for file in new} == names | {"stranger"}
+    for file in new:
+        picture = read_photo(file)
+        assert picture.size == (toy.SIDE, toy.SIDE)
+        assert fingerprint(picture) not in known
+
+
+def test_a_default_run_never_trains_on_these_toys(tmp_path, capsys):
+    """And the stranger is none of them, though of the category of some."""
+    draw_toys(tmp_path, capsys)
+    split = split_concepts(toy.world(0), 0, toy.UNSEEN)
+    trained_on = {tuple(subject_of(concept).values()) for concept in split.train}
+    of_picture = {}  # {hash of a photo: subject}
+    for concept in toy.world(0):
+        for photo in concept.photos:
+            of_picture[fingerprint(photo.load())] = tuple(subject_of(concept).values())
+
+    subjects = set()
+    for file in tmp_path.glob("things/*/*.png"):
+        subjects.add(of_picture[fingerprint(read_photo(file))])
+    assert len(subjects) == 12
+    assert {subject[0] for subject in subjects} == set(toy.UNSEEN)
+    assert not subjects & trained_on
+    stranger = of_picture[fingerprint(read_photo(tmp_path / "new/stranger.png"))]
+    assert stranger not in subjects | trained_on
+    assert stranger[0] in toy.UNSEEN
+
+
+def test_a_new_photo_is_called_by_its_thing(tmp_path, capsys):
+    draw_toys(tmp_path, capsys)
+    for concept in toy.world(0):
+        file = tmp_path / f"new/{concept.name}.png"
+        if file.is_file():
+            assert fingerprint(read_photo(file)) == fingerprint(concept.photos[-1].load())
+
+
+def test_the_commands_that_come_next_are_understood(tmp_path, capsys, monkeypatch):
+    """Also in a folder whose name has a space."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / toy.FOLDER.name).symlink_to(toy.FOLDER)
+    commands = draw_toys("my toys", capsys)
+    scripts = [script for _, script, *_ in commands]
+    assert scripts == ["assistant.py", "rrg.py", "assistant.py", "assistant.py", "rrg.py"]
+    assert pathlib.Path(commands[0][-1]).is_file()
+    assert pathlib.Path(commands[3][-1]).name == "stranger.png"
+    for _, script, *options in commands:
+        if script == "rrg.py":
+            config, _ = rrg.read_settings(options)
+            assert toy.is_toy(config.model)
+            continue
+        assert pathlib.Path(options[options.index("--photos") + 1]).is_dir()
+        assert pathlib.Path(options[-1]).is_file()
+        assert set(options[:-1:2]) <= {"--adapter", "--photos"}
+    assert commands[1][-1] + "/adapter" == commands[2][3]
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine.jpg").write_bytes(b"mine")
+    for given in (tmp_path, tmp_path / "mine.jpg"):
+        with pytest.raises(DataError, match="is not empty; give --photos a folder that is new"):
+            toy.main(["--photos", str(given)])
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.jpg"]
+    with pytest.raises(DataError, match="give a folder to draw in: python toy.py --photos"):
+        toy.main([])
+
+
+@pytest.mark.slow
+def test_the_demo_goes_from_nothing_to_the_right_name(tmp_path):
+    """All that toy.py says comes next, and what its text says of it."""
+    (tmp_path / toy.FOLDER.name).symlink_to(toy.FOLDER)
+    commands = [["python", "toy.py", "--photos", "my_toys"]]
+    printed = []
+    for _, script, *options in commands:
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-500:]
+        printed.append(done.stdout)
+        if script == "toy.py":
+            lines = [line.strip() for line in done.stdout.splitlines()]
+            commands += [shlex.split(line) for line in lines if line.startswith("python ")][:-1]
+    _, base, _, adapter, stranger = printed
+    name = pathlib.Path(commands[1][-1]).stem
+    assert f"<{name}>" not in base
+    assert f"<{name}>" in adapter
+    assert "none of your things" in stranger.lower()
