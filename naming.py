@@ -17,7 +17,8 @@ its data page says where to get the pictures). --protocol says which of its tabl
         --queries data/query-image-2-concepts/ --database data/database_tot/database_2_concepts/
         --adapter runs/repic/adapter --out names.json
 
-The result is a Markdown table on the screen and, with --out, JSON on disk, with every caption.
+The result is a Markdown table on the screen and, with --out, JSON on disk, with every caption. A
+row is kept there as soon as it is done, and the same command goes on with those that are missing.
 Columns:
 
     precision, recall, F1   of names in captions (see `name_grounding`); of wrong references, too:
@@ -53,10 +54,9 @@ Where it departs from the paper and its research code:
 Shapes: P pictures, C references in the database, k retrieved.
 """
 
+import dataclasses
 import pathlib
 import random
-import shlex
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -70,12 +70,21 @@ from assistant import (
     published_form,
     read_database,
 )
-from data import PHOTO_SUFFIXES, DataError, Photo, natural, read_photo, tag
-from lora import remove_lora, write_json
+from data import (
+    PHOTO_SUFFIXES,
+    DataError,
+    Photo,
+    natural,
+    one_line_errors,
+    read_photo,
+    tag,
+)
+from lora import find_adapter, read_adapter_config, remove_lora
 from model import MLLM, PICTURE, Clip, Prompt
 from repic import PROMPTS, collage
 from rrg import picture_side
 from run import option
+from tables import ANSWER, KeptTable, Progress, digest_of_files, speaker_of
 
 REFERENCES = ("right", "retrieved", "wrong")
 SCENES = 60  # pictures of one thing, as many of two and of four, for evaluate.py --grounding
@@ -286,6 +295,28 @@ def check_queries(queries, references, options):
                     f"{options.database} does not have {name}, which is in {query.photo.name}; "
                     "give the --database that belongs to these --queries"
                 )
+    if options.k > len(references):
+        raise DataError(
+            f"--k {options.k} is more than the {len(references)} things in {options.database}"
+        )
+
+
+def check_given_once(flag, values):
+    """Raise DataError where an option that may be given several times names something twice."""
+    seen = set()
+    for value in values:
+        place = pathlib.Path(value).resolve()
+        if place in seen:
+            raise DataError(f"{flag} {value} is given twice; leave one out")
+        seen.add(place)
+
+
+def check_adapters(folders):
+    """Raise DataError for what is no adapter, before a model is loaded."""
+    check_given_once("--adapter", folders)
+    for folder in folders:
+        with one_line_errors("cannot put the adapter on", ValueError):
+            read_adapter_config(find_adapter(folder))
 
 
 # ------------------------------------------------------------------------------------- the scenes
@@ -474,7 +505,8 @@ def grounding(mllm, embedder, part, splits, info, zero_shot, options):
     """Does the model, as it is now, call concepts by their names?   (RePIC, tables 1 to 3)
 
     info {concept name: description}; zero_shot: it is the model as it came
-    -> {"names_<count>_<references>_<figure>": value}, None where there are too few concepts
+    -> ({"names_<count>_<references>_<figure>": value}, [what was asked and answered]); a value is
+    None where there are too few concepts
     """
     references = references_of(part, splits, info)
     photos = []
@@ -484,9 +516,10 @@ def grounding(mllm, embedder, part, splits, info, zero_shot, options):
     side = picture_side(mllm)
 
     figures = {}
+    records = []
     for count, protocol in BY_COUNT.items():
         scenes = []
-        if len(part.tested) >= count and len(part.known) >= 2 * count:
+        if has_enough(part, count):
             for number in range(SCENES):
                 scene = draw_scene(
                     part, splits, references, alike, count, number, side, options.seed
@@ -495,12 +528,25 @@ def grounding(mllm, embedder, part, splits, info, zero_shot, options):
         for how in REFERENCES:
             found = dict.fromkeys(FIGURES)
             if scenes:
-                found, _ = measure(
+                found, captions = measure(
                     mllm, scenes, how, protocol.case_sensitive, zero_shot, options.max_tokens
                 )
+                about = {"things": count, "how": how}
+                records += [about | record for record in captions]
             for figure, value in found.items():
                 figures[f"names_{count}_{how}_{figure}"] = value
-    return figures
+    return figures, records
+
+
+def has_enough(part, count):
+    """Are there pictures of so many things, and as many others?"""
+    return len(part.tested) >= count and len(part.known) >= 2 * count
+
+
+def grounding_work(part):
+    """How many captions `grounding` asks for."""
+    counts = [count for count in BY_COUNT if has_enough(part, count)]
+    return len(counts) * len(REFERENCES) * SCENES
 
 
 def grounding_columns():
@@ -558,45 +604,83 @@ def read_settings(argv=None):
     return run.fill_in(Options, settings, is_toy=False)
 
 
-def caption_row(mllm, name, scenes, options):
+def caption_row(mllm, name, scenes, options, progress):
     """Caption all scenes with an adapter on, in three ways.   -> {references: figures, captions}"""
     adapt(mllm, name)
     case_sensitive = PROTOCOLS[options.protocol].case_sensitive
     row = {}
     for how in REFERENCES:
-        figures, records = measure(
-            mllm, scenes, how, case_sensitive, name == "base", options.max_tokens
-        )
+        with progress.part(name, how):
+            figures, records = measure(
+                mllm, scenes, how, case_sensitive, name == "base", options.max_tokens
+            )
         row[how] = figures | {"captions": records}
     remove_lora(mllm.model)
     return row
 
 
+def settings_of(options):
+    """What all rows of a table are measured with.   -> {option: value}
+
+    Pictures and databases count by their content, wherever they lie.
+    """
+    elsewhere = ("adapter", "queries", "database", "out")
+    names = [option.name for option in dataclasses.fields(options)]
+    return {name: getattr(options, name) for name in names if name not in elsewhere}
+
+
+def content_of(queries, references, folder):
+    """All that rows are measured with, as JSON can hold it.   folder: --queries"""
+    pictures = {}  # {picture: hash of its file}
+    for query in queries:
+        # Its name is its path, if need be below the folder of the queries.
+        picture = query.photo.name
+        if picture not in pictures:
+            pictures[picture] = digest_of_files(pathlib.Path(folder) / picture)
+    asked = [[pictures[query.photo.name], query.names] for query in queries]
+    known = []
+    for reference in references:
+        picture = digest_of_files(reference.photos[0].name)
+        known.append([reference.name, reference.shown, reference.text, picture])
+    return [asked, known]
+
+
 def table(mllm, embedder, queries, references, options):
-    """A row for base and for each adapter, each written as soon as it is done.
+    """A row for base and for each adapter, each kept as soon as it is done; those that --out has
+    already are taken from there.
 
     embedder: the MLLM, or a Clip -> the content of --out, "rows" {name: {references: figures}}
     """
-    scenes = scenes_of(embedder, queries, references, options.k, options.seed)
-    result = {
+    kept = KeptTable(options.out, settings_of(options))
+    facts = {
         "protocol": options.protocol,
         "source": PROTOCOLS[options.protocol].source,
         "k": options.k,
-        "seed": options.seed,
         "queries": len(queries),
         "database": len(references),
-        "command": shlex.join(["python", *sys.argv]),
         "device": run.machine(mllm.device),
-        "rows": {},
     }
-    for name in ("base", *options.adapter):
-        if options.out:  # before the first row, too: a file that cannot be written is noticed now
-            write_json(options.out, result)
-        print(f"captioning by {name}")
-        result["rows"][name] = caption_row(mllm, name, scenes, options)
-    if options.out:
-        write_json(options.out, result)
-    return result
+    kept.measure_with(content_of(queries, references, options.queries), facts)
+    names = ["base", *options.adapter]
+    speakers = {}
+    plan = {}
+    for name in names:
+        speakers[name] = speaker_of(mllm, options.model, "" if name == "base" else name)
+        if kept.has(name, speakers[name]):
+            print(f"{name}: done before, in {options.out}")
+            continue
+        for how in REFERENCES:
+            plan[name, how] = len(queries) * ANSWER
+
+    scenes = []
+    if plan:
+        scenes = scenes_of(embedder, queries, references, options.k, options.seed)
+    with Progress(mllm, plan) as progress:
+        for name in dict.fromkeys(name for name, _ in plan):
+            progress.say(f"captioning by {name}")
+            row = caption_row(mllm, name, scenes, options, progress)
+            kept.add(name, speakers[name], row)
+    return kept.content(names)
 
 
 def cell(figure, value):
@@ -621,6 +705,10 @@ def show(result):
 
 def main(argv=None):
     options = read_settings(argv)
+    if options.out:
+        run.output_file(options.out)
+        KeptTable(options.out, settings_of(options))  # one of other settings is noticed now
+    check_adapters(options.adapter)
     queries = load_queries(options.queries)
     references = load_references(options.database)
     check_queries(queries, references, options)
@@ -629,6 +717,7 @@ def main(argv=None):
     for adapter in options.adapter:  # one that does not fit is noticed before the work
         adapt(mllm, adapter)
         remove_lora(mllm.model)
+    mllm.check_words([INTRODUCTION, *QUESTIONS, ASK_FOR_NAME])
     embedder = Clip(options.embedder, mllm.device) if options.embedder else mllm
     show(table(mllm, embedder, queries, references, options))
 

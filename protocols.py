@@ -23,12 +23,23 @@ Where it departs from the papers and their research code:
 import pathlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import run
 import toy
 from assistant import Question, published_form
-from data import WRAPPERS, Concept, DataError, Photo, Split, find_folder, fingerprint
+from data import (
+    WRAPPERS,
+    Concept,
+    DataError,
+    Found,
+    Photo,
+    Split,
+    find_folder,
+    find_photos,
+    fingerprint,
+)
 from rrg import load_world
 
 
@@ -146,11 +157,40 @@ class Benchmark:
     questions: list[Question]  # the benchmark's own
     pairs: list[Pair]  # the benchmark's own
 
+    def content(self):
+        """All of it as JSON can hold it, with the hash of each photo: two that are equal measure
+        the same."""
+        concepts = []
+        for concept in self.concepts:
+            references = self.splits[concept.name].references
+            photos = [[photo.name, photo.pixels] for photo in references]
+            concepts.append([concept.name, concept.category, photos])
+        parts = {}
+        for name, part in self.parts.items():
+            known = [concept.name for concept in part.known]
+            tests = [[test.concept, test.photo.name, test.photo.pixels] for test in part.tests]
+            parts[name] = [known, tests]
+        questions = []
+        for each in self.questions:
+            questions.append([each.concept, each.photo.name, each.text, each.options, each.answer])
+        pairs = [[pair.concept, pair.photo.name, pair.shown] for pair in self.pairs]
+        return [concepts, parts, questions, pairs]
 
-def load_benchmark(mllm, options):
-    """The photos in --data, or the toy world, and what comes with them.   -> Benchmark"""
+
+def thing_names(root):
+    """The names of the things in a folder of photos, as its folders tell: no photo is read."""
+    places = find_photos(root, Found(), allow_loose=False)
+    photos = Counter(place.folders[-1] for place in places.values())
+    return [name for name, count in photos.items() if count > 1]
+
+
+def load_benchmark(mllm, options, skipped_file=None):
+    """The photos in --data, or the toy world, and what comes with them.   -> Benchmark
+
+    skipped_file: where to list the files that are skipped
+    """
     root = find_folder(options.data) if options.data else None
-    concepts, split = load_world(mllm, root, options.seed, options.train_concepts)
+    concepts, split = load_world(mllm, root, options.seed, options.train_concepts, skipped_file)
     if options.all:
         tested = concepts
         parts = {"all": Part(concepts, concepts)}
@@ -204,14 +244,19 @@ def choose_tests(benchmark, used):
 
     Those are no tests, nor are copies of them: RAP's databases keep pictures of their own.
     """
-    fingerprints = {fingerprint(photo.load()) for photo in used}
+    hashes = {pixels_of(photo) for photo in used}
     for part in benchmark.parts.values():
         part.tests = []
         for concept in part.tested:
             photos = benchmark.splits[concept.name].tests
-            if fingerprints:
-                photos = [p for p in photos if fingerprint(p.load()) not in fingerprints]
+            if hashes:
+                photos = [photo for photo in photos if pixels_of(photo) not in hashes]
             part.tests += [Test(photo, concept.name) for photo in photos]
+
+
+def pixels_of(photo):
+    """The hash of a photo's pixels, by which copies are found."""
+    return photo.pixels or fingerprint(photo.load())
 
 
 # ----------------------------------------------------------------------------- pairs and questions

@@ -5,14 +5,16 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections import Counter
 
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
 import protocols
 import toy
-from assistant import LETTERS, Caption, Entry, Retrieved, describe
+from assistant import LETTERS, Caption, Entry, Retrieved, Verdict, describe
 from data import Concept, DataError, Photo
 from evaluate import Choice, Judgement
 from lora import add_lora, lora_layers, save_adapter
@@ -51,7 +53,7 @@ def all_but_first(concepts):
 
 
 def examine(mllm, concepts, entries, **given):
-    """The figures of a toy world."""
+    """What comes of a toy world.   -> evaluate.Examined"""
     tests = all_but_first(concepts)
     questions = toy_questions(tests, 0)
     return evaluate.examine(mllm, mllm, entries, tests, questions, [], options_of(**given))
@@ -60,6 +62,11 @@ def examine(mllm, concepts, entries, **given):
 def read_table(file):
     """The rows of a table's JSON."""
     return json.loads(file.read_text())["rows"]
+
+
+def know_any_text(text):
+    """In the place of MLLM.knows."""
+    return True
 
 
 # ----------------------------------------------------------------------------------- the figures
@@ -116,6 +123,43 @@ def test_captioning_by_hand():
     assert captioning([]) == (None, None, None)
 
 
+def test_own_things_found_and_strangers_refused_by_hand():
+    """At .5 two of three are found. One has no other thing beside it, and so is never a stranger;
+    of the others one is refused."""
+    beliefs = evaluate.Beliefs(
+        retrieved=[[0.9, 0.1], [0.2, 0.4], [0.1, 0.5]], others=[[0.1, 0.3], [0.8, 0.2], []]
+    )
+    scores = evaluate.stranger_scores(beliefs, 0.5)
+    assert scores == {"own_found": 2 / 3, "strangers_refused": 1 / 2}
+    nobody = evaluate.Beliefs([[0.9]], [[]])
+    assert evaluate.stranger_scores(nobody, 0.5)["strangers_refused"] is None
+
+
+def test_a_stranger_is_put_to_what_is_most_like_it(monkeypatch):
+    """The k that would be retrieved if its own thing were not there."""
+    entries = [Entry(name, "cup", [], "A cup.") for name in "abcd"]
+
+    def retrieve(embedder, photos, entries, k):
+        found = [Retrieved(entry, 0.0, 0.0, 0.0) for entry in entries]
+        return [found[:k], found[::-1][:k]]
+
+    monkeypatch.setattr(evaluate, "retrieve", retrieve)
+    tests = [protocols.Test(Photo(name, None), "a") for name in ("1", "2")]
+    lookup = evaluate.Lookup(entries, tests)
+    first, second = evaluate.find_candidates(None, lookup, options_of(k=2))
+    assert names_of(first.retrieved) == ["a", "b"]
+    assert names_of(first.others) == ["b", "c"]
+    assert names_of(second.retrieved) == names_of(second.others) == ["d", "c"]
+
+    _, second = evaluate.find_candidates(None, lookup, options_of(k=2, skip_retrieval=True))
+    assert names_of(second.retrieved) == ["d", "a"]
+    assert names_of(second.others) == ["d", "c"]
+
+
+def names_of(entries):
+    return [entry.name for entry in entries]
+
+
 # ------------------------------------------------------------------------- a small toy world
 @pytest.fixture(scope="module")
 def concepts():
@@ -123,9 +167,15 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def right(toy_mllm, concepts):
-    """The figures with descriptions written from the truth."""
+def examined(toy_mllm, concepts):
+    """What comes of descriptions that are written from the truth."""
     return examine(toy_mllm, concepts, [perfect_entry(concept) for concept in concepts])
+
+
+@pytest.fixture(scope="module")
+def right(examined):
+    """Its figures."""
+    return examined.figures
 
 
 def test_the_toy_model_can_read_the_prompts(right):
@@ -141,11 +191,47 @@ def test_the_toy_model_believes_the_descriptions(toy_mllm, concepts):
     wrong = []
     for i, entry in enumerate(entries):
         wrong.append(dataclasses.replace(entry, text=entries[i - 3].text))
-    figures = examine(toy_mllm, concepts, wrong, skip_retrieval=True)
+    figures = examine(toy_mllm, concepts, wrong, skip_retrieval=True).figures
     assert figures["recognition_positive"] < 0.1
     assert figures["captioning_recall"] < 0.6
     assert figures["retrieval_ceiling"] == 1
     assert figures["vqa"] >= 0.9
+
+
+def test_what_was_said_is_recorded(examined, concepts):
+    """Each caption with what was retrieved for it, each verdict, each answer, as it stands."""
+    by_task = {}
+    for record in examined.records:
+        by_task.setdefault(record["task"], []).append(record)
+    counts = {task: len(records) for task, records in by_task.items()}
+    assert counts == {"caption": 60, "recognition": 1800, "question": 180, "leakage": 30}
+
+    for record in by_task["caption"]:
+        assert set(record["letters"]) == set(record["retrieved"]) == set(record["beliefs"])
+        assert len(record["retrieved"]) == len(record["beliefs_as_stranger"]) == 3
+        assert record["shows"] not in record["beliefs_as_stranger"]
+        if record["chosen"]:
+            assert json.loads(record["answer"])["Answer"].strip() == record["letter"]
+            assert record["letters"][record["chosen"]] == record["letter"]
+            assert record["caption"] in record["answer"]
+    chosen = [record["chosen"] == record["shows"] for record in by_task["caption"]]
+    assert sum(chosen) / 60 == pytest.approx(examined.figures["captioning_recall"])
+
+    right = [record["said"] is True for record in by_task["recognition"] if record["right"]]
+    assert sum(right) / len(right) == examined.figures["recognition_positive"]
+    first = by_task["recognition"][0]
+    assert first["photo"] == concepts[0].photos[1].name
+    assert first["description_of"] == concepts[0].name
+    assert json.loads(first["answer"])["Answer"].strip() == ("Yes" if first["said"] else "No")
+
+    assert sum(record["is_right"] is True for record in by_task["question"]) / 180 >= 0.9
+    assert {record["leaks"] for record in by_task["leakage"]} == {False}
+    assert by_task["leakage"][0]["description"].startswith("A photo of a ")
+
+
+def test_the_toy_model_finds_its_own_and_refuses_strangers(right):
+    assert right["own_found"] > 0.8
+    assert right["strangers_refused"] > 0.5
 
 
 def test_counts(right):
@@ -166,7 +252,8 @@ def test_counts(right):
 @pytest.mark.slow
 def test_the_toy_model_can_read_the_prompts_in_full(toy_mllm):
     concepts = toy.world(11, 64, 12, 2)
-    figures = examine(toy_mllm, concepts, [perfect_entry(concept) for concept in concepts])
+    entries = [perfect_entry(concept) for concept in concepts]
+    figures = examine(toy_mllm, concepts, entries).figures
     print(figures)
     for figure in ("recognition_weighted", "captioning_f1", "vqa"):
         assert figures[figure] >= 0.95, figure
@@ -187,13 +274,15 @@ def test_a_benchmarks_own_pairs_count_where_they_are_about_the_tests(toy_mllm, m
 
     def recognise(mllm, pairs, max_tokens, show_reference):
         asked.extend(pairs)
-        return [True, None]
+        return [Verdict(True, "Yes."), Verdict(None, "Well.")]
 
     monkeypatch.setattr(evaluate, "recognise", recognise)
-    found = evaluate.judge(toy_mllm, entries, tests, pairs, options_of())
+    about = evaluate.pairs_about(pairs, entries, tests)
+    assert about == pairs[:2]
+    found = evaluate.judge(toy_mllm, entries, tests, about, options_of())
     assert asked == [(first, entries[0]), (second, entries[2])]
     same = concepts[1].category == concepts[2].category
-    assert found == [Judgement(True, True, True), Judgement(False, None, same)]
+    assert found == [Judgement(True, True, True, "Yes."), Judgement(False, None, same, "Well.")]
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -204,11 +293,11 @@ def test_a_reference_photo_is_shown_in_two_tasks_where_it_is_wanted(wanted, toy_
 
     def recognise(mllm, pairs, max_tokens, show_reference):
         shown.append(show_reference)
-        return [True] * len(pairs)
+        return [Verdict(True, "")] * len(pairs)
 
     def answer_questions(mllm, questions, entry_of, max_tokens, show_reference):
         shown.append(show_reference)
-        return [True] * len(questions)
+        return [Verdict(True, "")] * len(questions)
 
     monkeypatch.setattr(evaluate, "recognise", recognise)
     monkeypatch.setattr(evaluate, "answer_questions", answer_questions)
@@ -227,7 +316,7 @@ def test_descriptions_that_are_not_in_form_are_counted(random_mllm):
     assert all(entry.malformed for entry in entries)
     assert not any("<coarse>" in entry.text for entry in entries)
 
-    figures = examine(random_mllm, concepts, entries, max_tokens=4)
+    figures = examine(random_mllm, concepts, entries, max_tokens=4).figures
     assert figures["counts"]["malformed_descriptions"] == len(concepts)
     assert figures["unparsed"] == 1
     for figure in ("captioning_f1", "recognition_weighted", "vqa"):
@@ -250,7 +339,10 @@ def test_the_judge_of_leakage_reads_words_alone(toy_mllm, monkeypatch):
         ]
 
     monkeypatch.setattr(toy_mllm, "greedy", greedy)
-    assert evaluate.leakage(toy_mllm, entries, 32) == evaluate.Leakage(share=0.5, unparsed=1)
+    monkeypatch.setattr(toy_mllm, "knows", know_any_text)
+    verdicts = evaluate.leakage(toy_mllm, entries, 32)
+    assert [verdict.value for verdict in verdicts] == [True, False, None]
+    assert verdicts[2].answer == "Well."
     assert [prompt.photos for prompt in asked] == [[], [], []]
     assert '"A mug on grass."\nDoes it mention' in asked[0].text
 
@@ -276,8 +368,9 @@ def base_table(tmp_path_factory):
 
 def test_a_bare_adapter_gives_the_row_of_base(base_table):
     content = json.loads((base_table / "table.json").read_text())
-    assert list(content) == ["seed", "protocol", "command", "device", "rows"]
-    assert content["seed"] == 0
+    assert list(content) == ["settings", "command", "device", "photos", "speakers", "rows"]
+    assert content["settings"]["seed"] == 0
+    assert not {"adapter", "database", "data", "out"} & content["settings"].keys()
     base, bare = content["rows"].values()
     assert list(content["rows"]) == ["base", str(base_table / "adapter")]
     assert base == bare
@@ -360,7 +453,7 @@ def test_what_a_database_was_written_from_is_no_test(where, random_folder, tmp_p
 
     def examine(mllm, embedder, entries, tests, *rest):
         tested.update(pathlib.Path(test.photo.name).name for test in tests)
-        return {"counts": {}}
+        return evaluate.Examined({"counts": {}}, records=[])
 
     monkeypatch.setattr(evaluate, "examine", examine)
     mllm = MLLM(str(random_folder), 4096)
@@ -405,6 +498,228 @@ def test_an_adapter_that_met_what_is_tested_is_noted(tmp_path, capsys):
     assert "does not say which concepts it was trained on" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------ what is kept goes on
+def run_again(folder, *more):
+    """The command of `base_table`, perhaps with more options."""
+    command = ["--adapter", str(folder / "adapter"), "--out", str(folder / "table.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_world(patch, concepts=2)
+        evaluate.main([*command, *more])
+
+
+@pytest.fixture
+def done_table(base_table, tmp_path):
+    """A copy of the folder of `base_table`, which a test may change."""
+    for file in base_table.glob("table*"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(base_table / "adapter", tmp_path / "adapter")
+    old = str(base_table / "adapter")
+    for name in ("table.json", "table-answers.jsonl"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace(old, str(tmp_path / "adapter")))
+    return tmp_path
+
+
+def forbid(name, monkeypatch):
+    """This function of evaluate.py must not be called."""
+
+    def called(*arguments):
+        raise AssertionError(f"{name} was called")
+
+    monkeypatch.setattr(evaluate, name, called)
+
+
+def test_the_same_command_measures_nothing_twice(done_table, monkeypatch, capsys):
+    before = (done_table / "table.json").read_text()
+    forbid("describe", monkeypatch)
+    forbid("examine", monkeypatch)
+    run_again(done_table)
+    assert (done_table / "table.json").read_text() == before
+    printed = capsys.readouterr().out
+    assert f"base: done before, in {done_table}/table.json" in printed
+    assert printed.count("| base |") == 2
+
+
+def test_an_interrupted_table_goes_on(done_table, monkeypatch, capsys):
+    """As soon as base is done it is kept, and only the adapter's row is left to measure."""
+    for name in ("table.json", "table-answers.jsonl", "table-base-database.json"):
+        (done_table / name).unlink()
+    examined = []  # the databases
+
+    def examine(mllm, embedder, entries, *rest):
+        examined.append(entries)
+        if len(examined) == 3:  # of base there are two parts, this is the adapter's first
+            raise KeyboardInterrupt
+        return evaluate.Examined(no_figures().figures, [{"task": "caption"}])
+
+    monkeypatch.setattr(evaluate, "examine", examine)
+    with pytest.raises(KeyboardInterrupt):
+        run_again(done_table)
+    assert "the same command goes on: the rows that are done are in" in capsys.readouterr().out
+    assert list(read_table(done_table / "table.json")) == ["base"]
+    lines = (done_table / "table-answers.jsonl").read_text().splitlines()
+    said = [(json.loads(line)["row"], json.loads(line)["part"]) for line in lines]
+    assert said == [("base", "seen"), ("base", "unseen")]
+    assert (done_table / "table-base-database.json").exists()
+
+    run_again(done_table)
+    assert len(examined) == 3 + 2
+    rows = read_table(done_table / "table.json")
+    assert list(rows) == ["base", str(done_table / "adapter")]
+    assert len((done_table / "table-answers.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_row_is_measured_anew_if_its_adapter_has_changed(done_table, monkeypatch):
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    add_lora(mllm.model, 4, 4)
+    save_adapter(mllm.model, done_table / "adapter")
+    described = []
+
+    def describe_nothing(mllm, concepts, max_tokens):
+        described.append(has_adapter_on(mllm))
+        return [Entry(each.name, each.category, each.photos, "") for each in concepts]
+
+    monkeypatch.setattr(evaluate, "describe", describe_nothing)
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    base = read_table(done_table / "table.json")["base"]
+    run_again(done_table)
+    rows = read_table(done_table / "table.json")
+    assert described == [True]
+    assert rows["base"] == base
+    assert rows[str(done_table / "adapter")]["seen"]["captioning_f1"] == 0
+
+
+def test_a_table_of_another_command_is_noticed_before_the_model_is_loaded(done_table, monkeypatch):
+    monkeypatch.setattr(evaluate, "MLLM", None)
+    message = "table.json is a table of other settings .--k was 3, not 4.; delete it, or give"
+    with pytest.raises(DataError, match=message):
+        run_again(done_table, "--k", "4")
+    (done_table / "table.json").write_text("{")
+    with pytest.raises(DataError, match="is no table that can be read"):
+        run_again(done_table)
+
+
+def test_everything_that_was_said_is_beside_the_table(base_table):
+    """A line of JSON each, which says of which row and part it is."""
+    lines = (base_table / "table-answers.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    counts = Counter((record["row"], record["part"], record["task"]) for record in records)
+    rows = read_table(base_table / "table.json")
+    for name, parts in rows.items():
+        for part, figures in parts.items():
+            expected = figures["counts"]
+            assert counts[name, part, "caption"] == expected["photos"]
+            assert counts[name, part, "recognition"] == expected["pairs"]
+            assert counts[name, part, "question"] == expected["questions"]
+            assert counts[name, part, "leakage"] == expected["database"]
+    assert len({record["row"] for record in records}) == 2
+
+
+def test_answers_of_other_rows_stay(tmp_path):
+    file = tmp_path / "t-answers.jsonl"
+    evaluate.save_answers(file, "base", [{"task": "caption", "answer": "\u2028 first"}], ["base"])
+    evaluate.save_answers(file, "bas", [{"task": "caption", "answer": "x"}], ["base", "bas"])
+    evaluate.save_answers(file, "base", [{"task": "caption", "answer": "2"}], ["base", "bas"])
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    said = [(record["row"], record["answer"]) for record in records]
+    assert said == [("bas", "x"), ("base", "2")]
+
+
+# -------------------------------------------------------------------------- what is checked first
+def test_what_is_cheap_is_checked_before_a_photo_is_read(byte_folder, tmp_path, monkeypatch):
+    """Whatever is wrong with adapters and databases, with --out and with words."""
+    monkeypatch.setattr(evaluate, "load_benchmark", None)  # which reads photos
+    photos = make_photos(tmp_path / "p", ["bo/1.png", "bo/2.png", "mam/1.png", "mam/2.png"])
+    (tmp_path / "file").write_text("")
+    mllm = MLLM(str(toy.FOLDER), 4096)
+    add_lora(mllm.model, 2, 4)
+    save_adapter(mllm.model, tmp_path / "toy/adapter")
+    wide = MLLM(str(byte_folder), 4096)
+    wide.model.model.language_model.layers[0].mlp.up_proj = torch.nn.Linear(96, 3)
+    add_lora(wide.model, 2, 4)
+    save_adapter(wide.model, tmp_path / "wide/adapter")
+    gone = {"concept_dict": {"<bo>": {"image": "p/bo/9.png", "info": "A dog."}}}
+    (tmp_path / "gone.json").write_text(json.dumps(gone))
+
+    real = ["--model", str(byte_folder), "--data", str(photos), "--all"]
+    for command, message in (
+        ([*real, "--adapter", str(tmp_path / "toy")], "give its adapter, .*/toy/adapter"),
+        ([*real, "--adapter", str(tmp_path / "wide/adapter")], "does not fit"),
+        ([*real, "--adapter", "x", "--adapter", "x/"], "--adapter x/ is given twice"),
+        ([*real, "--database", str(tmp_path / "gone.json")], "p/bo/9.png, which is not there"),
+        ([*real, "--database", str(tmp_path / "file")], "cannot read .*file"),
+        ([*real, "--out", str(tmp_path)], "cannot write"),
+        ([*real, "--out", str(tmp_path / "file/t.json")], "cannot write"),
+        (["--data", str(photos), "--all"], "this model does not know every word of '<bo>'"),
+        (["--train-concepts", "gone.txt"], "wants a number or a file, and gone.txt is not there"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate.main(command)
+
+
+def test_a_folder_for_the_table_is_made(base_table, tmp_path, monkeypatch):
+    shrink_world(monkeypatch, concepts=2)
+    monkeypatch.setattr(evaluate, "examine", no_figures)
+    out = tmp_path / "not/there/t.json"
+    evaluate.main(["--max-tokens", "3", "--out", str(out)])
+    assert list(read_table(out)) == ["base"]
+
+
+def test_the_work_of_a_table_is_known_at_its_start(toy_mllm, monkeypatch):
+    """Of base 20 descriptions; of each row in one part 2 photos, put to 14 descriptions, in the
+    other 6, put to 6; 3 questions a photo. An answer counts as 8 beliefs; of these there are one
+    for each photo and description, and 2 x 2 for each photo, of its candidates."""
+    shrink_world(monkeypatch, concepts=2)
+    options = options_of(k=2, max_pixels=4096, database=["x.json"])
+    benchmark = load_benchmark(toy_mllm, options)
+    protocols.choose_tests(benchmark, [])
+    plan = evaluate.plan_rows(["base", "x.json"], toy_mllm, toy_mllm, benchmark, options)
+    seen = (2 + 2 * 14 + 2 * 3) * 8 + 2 * 14 + 2 * 4
+    unseen = (6 + 6 * 6 + 6 * 3) * 8 + 6 * 6 + 6 * 4
+    assert plan == {
+        ("base", "describing"): 20 * 8,
+        ("base", "seen categories"): seen,
+        ("base", "unseen categories"): unseen,
+        ("x.json", "seen categories"): seen,
+        ("x.json", "unseen categories"): unseen,
+    }
+
+    # With a CLIP that compares them there are the candidates' only; --grounding asks for 60
+    # captions with each kind of references, of one thing and of two: there are no four to test.
+    options = options_of(k=2, grounding=True)
+    plan = evaluate.plan_rows(["base"], toy_mllm, "a CLIP", benchmark, options)
+    assert plan["base", "seen categories"] == seen - 2 * 14
+    assert plan["base", "names, seen categories"] == 2 * 3 * 60 * 8
+
+
+# --------------------------------------------------------------------- a folder of toy pictures
+def save_toys(root, concepts):
+    """A folder of photos of toys."""
+    for concept in concepts:
+        for number, photo in enumerate(concept.photos):
+            file = root / concept.name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            photo.load().save(file)
+    return root
+
+
+def test_the_toy_model_is_no_judge_of_a_folder_of_toys(tmp_path, capsys):
+    """Which is known at the start: the column is "-", and there is no row `refined`."""
+    root = save_toys(tmp_path / "toys", small_world(concepts=1, views=2)[:4])
+    out = tmp_path / "t.json"
+    evaluate.main(["--data", str(root), "--all", "--max-pixels", "4096", "--out", str(out)])
+    rows = read_table(out)
+    assert list(rows) == ["base"]
+    assert rows["base"]["all"]["leakage"] is None
+    assert rows["base"]["all"]["captioning_f1"] > 0
+    printed = capsys.readouterr().out
+    beginning, table = printed.split("evaluating base")
+    assert "no column `leakage`: the toy model does not know that prompt" in beginning
+    assert "no row `refined`: the toy model does not know that prompt" in beginning
+    heading, _, row = [line.split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert row[heading.index("leakage")] == "-"
+
+
 # -------------------------------------------------------------------------------- a published row
 PERVA = ["mug/aaa", "mug/bbb", "bowl/ccc", "bowl/ddd", "bowl/eee"]
 
@@ -436,7 +751,7 @@ def simple_reader(monkeypatch):
         return captions
 
     def recognise(mllm, pairs, max_tokens, show_reference):
-        return [entry.name in ("aaa", "ccc") for _, entry in pairs]
+        return [Verdict(entry.name in ("aaa", "ccc"), "") for _, entry in pairs]
 
     monkeypatch.setattr(evaluate, "retrieve", retrieve)
     monkeypatch.setattr(evaluate, "caption", caption)
@@ -457,11 +772,11 @@ def perva_figures(mllm, root, **given):
         assert {photo.part for photo in photos} == {"train"}
         entries.append(Entry(concept.name, concept.category, photos, "A thing."))
     tests = benchmark.parts["all"].tests
-    return evaluate.examine(mllm, mllm, entries, tests, [], [], options)
+    return evaluate.examine(mllm, mllm, entries, tests, [], [], options).figures
 
 
 def no_leaks(mllm, entries, max_tokens):
-    return evaluate.Leakage(None, 0)
+    return []
 
 
 def test_by_category_figures_are_pooled(perva, simple_reader, random_mllm, monkeypatch):
@@ -492,9 +807,10 @@ def test_by_category_figures_are_pooled(perva, simple_reader, random_mllm, monke
 
 
 def no_figures(*arguments):
-    """Stands for `examine` where its figures are of no interest."""
+    """Stands for `examine` where what comes of it is of no interest."""
     counts = dict.fromkeys(("photos", "concepts", "database", "pairs", "questions"), 0)
-    return dict.fromkeys(evaluate.COLUMNS, 0.0) | {"counts": counts}
+    figures = dict.fromkeys(evaluate.COLUMNS | evaluate.STRANGERS, 0.0) | {"counts": counts}
+    return evaluate.Examined(figures, records=[])
 
 
 def test_refined_descriptions_are_a_row_after_base(perva, byte_folder, monkeypatch, capsys):
@@ -517,7 +833,7 @@ def test_the_protocol_is_said(perva, byte_folder, monkeypatch, capsys):
     out = perva / "t.json"
     more = ["--train-concepts", "2", "--max-tokens", "3", "--max-pixels", "12544"]
     evaluate.main([*command, *more, "--seed", "42", "--out", str(out)])
-    assert json.loads(out.read_text())["protocol"] == "perva"
+    assert json.loads(out.read_text())["settings"]["protocol"] == "perva"
     printed = capsys.readouterr().out
     assert "--protocol perva: a database for each category; photos of a concept desc" in printed
     assert "described: 1; kept from the tests, if the folder is not split: 5; seeds: 23" in printed
@@ -626,7 +942,7 @@ def test_names_in_captions_are_asked_with_the_rows_own_descriptions(
 
     def grounding(mllm, embedder, part, splits, info, zero_shot, options):
         asked.append((info, zero_shot, has_adapter_on(mllm)))
-        return {"names_1_right_f1": 0.5}
+        return {"names_1_right_f1": 0.5}, [{"caption": "<bo> sits."}]
 
     monkeypatch.setattr(evaluate, "grounding", grounding)
     mllm = MLLM(str(toy.FOLDER), 4096)
@@ -672,6 +988,8 @@ def test_a_protocol_sets_what_is_not_given():
         (["--protocol", "perva", "--data", "x"], "--protocol wants --all or, of concepts that"),
         (["--all", "--train-concepts", "3"], "--all tests every concept, --train-concepts all"),
         (["--show-reference"], "--show-reference wants a real --model"),
+        (["--grounding", "--data", "x"], "--grounding of --data wants a real --model"),
+        (["--reader", "adapter"], "--reader is about the rows of adapters: give --adapter"),
         (["--k", "1"], "--k must be at least 2"),
         (["--k", "27"], "--k must be at most 26"),
         (["--references", "0"], "--references must be at least 1"),
@@ -686,9 +1004,10 @@ def test_a_command_that_makes_no_sense(arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--adapter", "nowhere"], "is not an adapter folder"),
+        (["--adapter", "nowhere"], "nowhere is not a folder; wanted: the adapter of a run"),
         (["--database", "nowhere.json"], "cannot read"),
         (["--data", "nowhere"], "is not a folder"),
+        (["--k", "20"], "--k 20 is more than the 7 things that there are"),
     ],
 )
 def test_errors_are_one_line(arguments, message, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 import naming
+import toy
 from data import Concept, DataError, Photo, load_concepts
 from lora import add_lora, lora_layers, save_adapter
 from model import MLLM, PICTURE
@@ -88,7 +89,7 @@ def parroted(toy_mllm):
     parrot = Parrot()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_mllm, "greedy", parrot.greedy)
-        figures = naming.grounding(
+        figures, _ = naming.grounding(
             toy_mllm,
             toy_mllm,
             part,
@@ -340,7 +341,7 @@ def test_an_adapter_is_on_and_not_asked_for_the_name(byte_folder, pairs, tmp_pat
     def greedy(mllm, prompts, max_tokens, progress):
         is_on.append(bool(lora_layers(mllm.model)))
         asked.append(all("including its name" in prompt.text for prompt in prompts))
-        written.append(list(json.loads(out.read_text())["rows"]))
+        written.append(list(json.loads(out.read_text())["rows"]) if out.exists() else [])
         return ["<Bluey>"] * len(prompts)
 
     monkeypatch.setattr(MLLM, "greedy", greedy)
@@ -353,6 +354,19 @@ def test_an_adapter_is_on_and_not_asked_for_the_name(byte_folder, pairs, tmp_pat
     assert list(rows) == ["base", adapter]
     right = rows[adapter]["right"]
     assert (right["precision"], right["recall"], right["characters"]) == (1, 0.5, 7)
+
+    # The same command goes on, which asks nothing; and it has noticed what there is first of all.
+    asked.clear()
+    command = ["--model", str(byte_folder), *pairs, "--adapter", adapter, "--out", str(out)]
+    naming.main(command)
+    assert not asked
+    assert json.loads(out.read_text())["rows"] == rows
+    [picture] = tmp_path.rglob("Bluey_and_Bingo_10.jpg")
+    picture.write_bytes((picture.parent / "Bluey_and_Bingo_1.jpg").read_bytes())
+    with pytest.raises(DataError, match="was measured with other photos"):
+        naming.main(command)
+    with pytest.raises(DataError, match="other settings .*--seed was 0, not 1"):
+        naming.main(["--model", "nowhere", *pairs, "--seed", "1", "--out", str(out)])
 
 
 def test_four_things_are_called_as_the_database_shows_them(byte_folder, tmp_path, monkeypatch):
@@ -461,6 +475,8 @@ def change(options, **given):
 def test_what_does_not_belong_together_is_refused(pairs, tmp_path):
     """In one line, before a model is loaded."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/adapter_config.json").write_text("{}")
     other = make_database(tmp_path / "other", {"<Bluey>": {"info": ""}})
     for options, message in (
         (pairs[2:], "give --protocol"),
@@ -468,9 +484,22 @@ def test_what_does_not_belong_together_is_refused(pairs, tmp_path):
         (change(pairs, queries=tmp_path / "empty"), "empty has no pictures"),
         (change(pairs, database=other), "does not have Bingo, which is in .*_1.jpg"),
         (change(pairs, database=tmp_path / "empty"), "cannot read .*database_mod.json"),
+        ([*pairs, "--k", "5"], "--k 5 is more than the 4 things in"),
+        ([*pairs, "--adapter", "runs/none"], "runs/none is not a folder; wanted: the adapter of"),
+        ([*pairs, "--adapter", str(tmp_path / "run")], "give its adapter, .*run/adapter"),
+        ([*pairs, "--adapter", "x", "--adapter", "./x"], "--adapter ./x is given twice"),
+        ([*pairs, "--out", str(tmp_path)], "cannot write"),
     ):
         with pytest.raises(DataError, match=message):
             naming.main(["--model", "none", *options])
+
+
+def test_a_model_that_does_not_know_the_words_is_refused_before_a_picture_is_read(
+    pairs, monkeypatch
+):
+    monkeypatch.setattr(naming, "table", None)
+    with pytest.raises(DataError, match="this model does not know every word of .*captions"):
+        naming.main(["--model", str(toy.FOLDER), *pairs])
 
 
 def test_a_picture_of_everything_has_no_wrong_references(byte_folder, pairs, tmp_path):

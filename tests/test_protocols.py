@@ -269,3 +269,48 @@ def test_what_a_run_held_out_stays_held_out(tmp_path):
         "unseen": ["rex"],
     }
     assert protocols.split_of_run(concepts, by_folder, adapters[:2]) is by_folder
+
+
+# ----------------------------------------------------------------------------- what is the same
+def test_names_are_known_before_a_photo_is_read(tmp_path):
+    """Files that are no pictures will do. A thing of one photo only is none."""
+    for name in (
+        "train/bo/1.jpg",
+        "test/bo/1.jpg",
+        "dogs/rex/1.jpg",
+        "dogs/rex/2.jpg",
+        "mam/1.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no picture")
+    assert sorted(protocols.thing_names(tmp_path)) == ["bo", "rex"]
+
+
+def test_two_benchmarks_are_the_same_if_their_photos_are(myvlm):
+    """And if the same ones are described and tested."""
+
+    def content(**given):
+        benchmark = protocols.load_benchmark(None, settings(data=str(myvlm), all=True, **given))
+        protocols.choose_tests(benchmark, [])
+        return json.dumps(benchmark.content())
+
+    first = content()
+    assert first == content()
+    assert first != content(seed=1)  # which draws other references
+    assert first != content(references=2)
+    make_photos(myvlm, ["new.jpg"])
+    (myvlm / "owl/3.jpg").write_bytes((myvlm / "new.jpg").read_bytes())
+    assert first != content()
+
+
+def test_copies_are_found_by_the_hash_that_is_known():
+    """A photo of a folder is not read once more."""
+    known = Photo("bo/1.jpg", None, pixels="abc")
+    copy = Photo("bo/2.jpg", None, pixels="abc")
+    other = Photo("bo/3.jpg", None, pixels="def")
+    bo = Concept("bo", "dog", [known, copy, other])
+    splits = {"bo": protocols.PhotoSplit([], [copy, other])}
+    part = protocols.Part([bo], [bo])
+    benchmark = protocols.Benchmark(None, [bo], splits, {"all": part}, [], [])
+    protocols.choose_tests(benchmark, [known])
+    assert part.tests == [protocols.Test(other, "bo")]
