@@ -440,8 +440,29 @@ MUTATIONS = [
     Mutation(
         "a log is not cut where the state was saved",
         "run.py",
-        'if line.endswith("\\n") and step_of(line) <= step]',
-        'if line.endswith("\\n")]',
+        "kept = [line for line in lines if step_of(line) <= step]",
+        "kept = lines",
+        "run",
+    ),
+    Mutation(
+        "the state before the last one is not kept",
+        "run.py",
+        "        if last.exists():\n",
+        "        if False:\n",
+        "run",
+    ),
+    Mutation(
+        "a torn state.pt is a traceback",
+        "run.py",
+        "except Exception as error:  # torch raises",
+        "except KeyError as error:  # torch raises",
+        "run",
+    ),
+    Mutation(
+        "answers that nobody can read are not spoken of",
+        "run.py",
+        "if step == 1 and parsed < FEW:",
+        "if False:",
         "run",
     ),
     # --- repic.py
@@ -462,15 +483,15 @@ MUTATIONS = [
     Mutation(
         "no least length of captions",
         "repic.py",
-        "if len(answer) < min_chars:",
-        "if False:",
+        "if not answer.strip() or len(answer) < min_chars:",
+        "if not answer.strip():",
         "repic",
     ),
     Mutation(
         "--without length is ignored",
         "repic.py",
-        'min_chars = 0 if config.without == "length" else config.min_chars',
-        "min_chars = config.min_chars",
+        'return 0 if config.without == "length" else config.min_chars',
+        "return config.min_chars",
         "repic",
     ),
     Mutation(
@@ -505,8 +526,22 @@ MUTATIONS = [
     Mutation(
         "letters by rank",
         "assistant.py",
-        "order = rng.sample(entries, len(entries))",
-        "order = list(entries)",
+        "return rng.sample(entries, len(entries))",
+        "return list(entries)",
+        "assistant",
+    ),
+    Mutation(
+        "a stranger's thing is named",
+        "assistant.py",
+        "if fits_one(beliefs, options.threshold):",
+        "if True:",
+        "assistant",
+    ),
+    Mutation(
+        "a caption may contradict its letter",
+        "assistant.py",
+        "if row and calls_another(row, order):",
+        "if False:",
         "assistant",
     ),
     Mutation(
@@ -563,8 +598,8 @@ MUTATIONS = [
     Mutation(
         "the adapter stays on while descriptions are read",
         "evaluate.py",
-        "            )\n    remove_lora(mllm.model)\n    return row",
-        "            )\n    return row",
+        "for record in records]\n    remove_lora(mllm.model)\n    return row",
+        "for record in records]\n    return row",
         "evaluate",
     ),
     Mutation(
