@@ -113,7 +113,7 @@ def test_growth_is_measured_and_drawn(tmp_path):
 def test_ideas_are_measured(tmp_path):
     printed, kept = run_speed(f"{SMALL} --ideas", tmp_path)
     assert "| idea | part of a step | with, ms | without, ms | ratio | |" in printed
-    assert len(kept["ideas"]) == 8
+    assert len(kept["ideas"]) == 11
     for idea in kept["ideas"]:
         assert f"| {idea['idea']} |" in printed
 
