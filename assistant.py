@@ -427,6 +427,8 @@ class Caption:
     candidates: list[Entry]  # in the order of their letters
     row: dict | None  # the answer as `read_answer` read it, None where it cannot be read
     answer: str  # the answer as it stands
+    # Can it be read, but for a caption that calls another name than the letter's?
+    contradicts: bool = False
 
     @property
     def chosen(self):
@@ -438,11 +440,6 @@ class Caption:
         """The caption; empty where the answer cannot be read."""
         return self.row["Caption"] if self.row else ""
 
-    @property
-    def contradicts(self):
-        """Can it be read, but for a caption that calls another name than the letter's?"""
-        return self.row is None and read_caption(self.answer, self.candidates) is not None
-
     def letter(self, entry):
         """The letter that stood before an entry."""
         return LETTERS[self.candidates.index(entry)]
@@ -452,11 +449,6 @@ def letter_candidates(photo, entries, seed):
     """The entries in random order (departure 2), so that A is the first of them.   -> [Entry]"""
     rng = random.Random(f"letters {seed} {photo.name}")
     return rng.sample(entries, len(entries))
-
-
-def read_caption(answer, candidates):
-    """Read an answer to CAPTIONING.   -> {field: text}, or None if it cannot be read"""
-    return read_answer(answer, Answer=LETTERS[: len(candidates)], Caption=ANY_TEXT)
 
 
 def calls_another(row, candidates):
@@ -487,10 +479,9 @@ def caption(mllm, photos, candidates, max_tokens, seed):
 
     captions = []
     for order, answer in zip(orders, answers, strict=True):
-        row = read_caption(answer, order)
-        if row and calls_another(row, order):
-            row = None
-        captions.append(Caption(order, row, answer))
+        row = read_answer(answer, Answer=LETTERS[: len(order)], Caption=ANY_TEXT)
+        contradicts = row is not None and calls_another(row, order)
+        captions.append(Caption(order, None if contradicts else row, answer, contradicts))
     return captions
 
 

@@ -465,7 +465,7 @@ def reason_to_skip(path, root):
         return "videos"
     if suffix in UNREAD_SUFFIXES:
         return "files of a kind that is not read here (save them as JPEG or PNG)"
-    if suffix not in PHOTO_SUFFIXES:
+    if suffix in HEIC_SUFFIXES and suffix not in PHOTO_SUFFIXES:
         return "HEIC pictures (pip install pillow-heif, or save them as JPEG)"
     try:
         str(name).encode("utf-8")

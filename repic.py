@@ -325,7 +325,7 @@ def collage(photos, side, seed):
     for photo, (left, top) in zip(photos, corners, strict=True):
         places.append(f"{photo.name} at {left},{top}")
     draw = partial(paste, photos, boxes, collage_size(side))
-    # Never met again, so nothing of it is remembered.
+    # Never met again, so it is not remembered beyond its step.
     return Photo("; ".join(places), draw, kept=False), boxes
 
 

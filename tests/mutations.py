@@ -540,8 +540,8 @@ MUTATIONS = [
     Mutation(
         "a caption may contradict its letter",
         "assistant.py",
-        "if row and calls_another(row, order):",
-        "if False:",
+        "contradicts = row is not None and calls_another(row, order)",
+        "contradicts = False",
         "assistant",
     ),
     Mutation(

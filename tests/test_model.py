@@ -491,15 +491,21 @@ def test_the_size_of_a_picture_is_that_which_the_model_sees(random_folder):
     assert width % 16 == height % 16 == 0  # whole image tokens
 
 
-def test_a_photo_is_encoded_once(random_mllm, photos, monkeypatch):
+def count_encoded(mllm, monkeypatch):
+    """A list that gets, at each pass of the vision tower, the number of its photos."""
     encoded = []
-    tower = random_mllm.model.model.get_image_features
+    tower = mllm.model.model.get_image_features
 
     def count(pixels, grids):
         encoded.append(len(grids))
         return tower(pixels, grids)
 
-    monkeypatch.setattr(random_mllm.model.model, "get_image_features", count)
+    monkeypatch.setattr(mllm.model.model, "get_image_features", count)
+    return encoded
+
+
+def test_a_photo_is_encoded_once(random_mllm, photos, monkeypatch):
+    encoded = count_encoded(random_mllm, monkeypatch)
     random_mllm.speak(prompts_about(photos + photos), max_tokens=2)
     random_mllm.believe([(photo, "red mug") for photo in photos])
     assert sum(encoded) == 3
@@ -563,14 +569,7 @@ def test_what_is_remembered_of_many_photos_has_a_bound(random_mllm, monkeypatch)
 def test_scenes_are_forgotten_and_their_photos_are_not(random_mllm, photos, monkeypatch):
     """RePIC makes a collage for each task: encoded once in its step, and gone in the next."""
     random_mllm.features.clear()
-    encoded = []
-    tower = random_mllm.model.model.get_image_features
-
-    def count(pixels, grids):
-        encoded.append(len(grids))
-        return tower(pixels, grids)
-
-    monkeypatch.setattr(random_mllm.model.model, "get_image_features", count)
+    encoded = count_encoded(random_mllm, monkeypatch)
     for step in range(5):
         scene, _ = repic.collage(photos, 32, step)
         prompts = [Prompt([photo, scene], "red mug") for photo in photos]
