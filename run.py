@@ -44,7 +44,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data import DataError, find_folder, one_line_errors
+from data import DataError, find_folder, one_line_errors, plural
 from lora import lora_state, save_adapter, write_atomically, write_json, write_text
 
 FEW = 0.05  # share of answers: where fewer can be read, something is wrong
@@ -409,8 +409,7 @@ def machine(device):
     """What a run runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{platform.machine()} CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def step_of(line):
