@@ -825,12 +825,12 @@ def hard_negatives(concept, others, similarity, count):
     missing = count - len(photos)
     if missing == 0:
         return photos, False
-    strangers = [other for other in by_similarity if other not in same_category]
-    return photos + [similarity.best_photo(other) for other in strangers[:missing]], True
+    left_over = [other for other in by_similarity if other not in same_category]
+    return photos + [similarity.best_photo(other) for other in left_over[:missing]], True
 
 
 def random_negatives(others, count, rng):
-    """Any photos of any other concepts.   -> count photos"""
+    """Any photos of any of these concepts, of which there are `count` or more.   -> count photos"""
     return [rng.choice(other.photos) for other in rng.sample(others, count)]
 
 
@@ -851,12 +851,14 @@ def mine_games(
                          ("easy": the most similar one)
         hard negatives   of the 8 most similar other concepts of its category the most similar
                          photo each, and of these the best k - 1
-                         ("random": any photos of any other concepts)
+                         ("random": any photos of any other concepts;
+                         "other": of any concepts of other categories)
 
     vectors {photo name: unit vector [D]}; the vector of a concept is the mean of its photos'.
     rivals: the concepts that negatives come from, by default `concepts`. A category with fewer
     than k - 1 other concepts is filled up from other categories, which is reported through `log`.
-    Raises DataError if there are fewer than k concepts in all.
+    Raises DataError if there are fewer than k concepts in all, or, for "other", fewer than k - 1 of
+    other categories.
     """
     rivals = rivals or concepts
     if len({concept.name for concept in rivals}) < k:
@@ -884,8 +886,16 @@ def mine_games(
             if negatives == "hard":
                 chosen, filled = hard_negatives(concept, others, similarity, k - 1)
                 filled_up += filled
-            else:
+            elif negatives == "random":
                 chosen = random_negatives(others, k - 1, rng)
+            else:
+                elsewhere = [other for other in others if other.category != concept.category]
+                if len(elsewhere) < k - 1:
+                    raise DataError(
+                        f"--negatives other wants {k - 1} things that are no {concept.category}, "
+                        f"here are only {len(elsewhere)}; give things of more categories"
+                    )
+                chosen = random_negatives(elsewhere, k - 1, rng)
 
             # The pool, shuffled, so that the place in it tells nothing.
             candidates = [chosen_positive, *chosen]

@@ -147,7 +147,9 @@ class Config(LearnerConfig):
         0, "train on so many of the mined games, drawn by the seed; 0: on all of them", least=0
     )
     negatives: str = option(
-        "hard", "look-alikes, or any photos of other things", choices=("hard", "random")
+        "hard",
+        "look-alikes, any photos of other things, or any of things of other categories",
+        choices=("hard", "random", "other"),
     )
     positive: str = option(
         "hard", "the least or the most similar other photo", choices=("hard", "easy")

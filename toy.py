@@ -5,6 +5,12 @@ photo of it adds a view (the place it stands on, its pose, the light) and a jitt
 position, angle and tint that no word stands for. Identity is what a personal assistant should
 remember; the view is what it should leave out.
 
+Photos come in albums, as people take them: each concept has two *occasions* of three photos each,
+and the photos of one occasion share its view. So two photos of the same thing may have everything
+in common, or little but the thing itself: another occasion has another place, pose or light, mostly
+two or all three of them (82 %). Only such a photo, the hard positive, tells identity from view. A
+benchmark's references are of the first occasion, its tests of the other.
+
 Every attribute has words of its own ("red" can only be a body colour), so what a text claims can
 be read off its words and compared with what is true of a photo:
 
@@ -59,12 +65,19 @@ IDENTITY = ("colour", "pattern", "badge")
 SUBJECT = ("category", *IDENTITY)
 VIEW = ("place", "pose", "light")
 KIND_OF = {word: kind for kind, words in ATTRIBUTES.items() for word in words}
-UNSEEN = ("lamp", "bag", "duck")  # never trained on: the paper's unseen domains
-# All names that the checkpoint can spell. A concept is called by one of them, which tells its
-# category; RePIC's tasks draw theirs from all of them.
-NAMES = []  # mug-1, mug-2, ..., duck-12
-for _category in ATTRIBUTES["category"]:
-    NAMES += [f"{_category}-{number}" for number in range(1, 13)]
+UNSEEN = ("lamp", "bag", "duck")  # no game trains on them: the paper's unseen domains
+# What things are called, no two of a world alike: a name tells nothing about its thing. All names
+# that the checkpoint can spell, in angle brackets one token each.
+NAMES = (
+    "Abel Ada Aiko Alma Amir Anouk Arjun Asta Ayla Bao Bela Bilal Birte Bodo Bruno Carlo Chidi "
+    "Chloe Clio Cora Cyril Dalia Dario Deniz Dina Dmitri Edda Efua Eino Elif Emeka Enzo Esra Ewa "
+    "Fatou Felix Fiona Flora Fritz Gita Goran Greta Gus Hana Hassan Henk Hugo Ida Igor Imani Ines "
+    "Ivo Jana Jarl Jomo Jonas Juan Juno Kaito Kamal Karin Kira Kofi Lars Leila Levi Linh Luca Luz "
+    "Lwazi Maja Malik Marta Mateo Mei Milan Mina Mirko Musa Nadia Naoko Nell Nils Noa Nuria Ola "
+    "Olga Omar Otis Otto Pavel Petra Pia Pola Quinn Quynh Rafa Rania Ravi Romy Rosa Ruben Sami "
+    "Sanna Selma Sofia Soren Stina Suri Tara Taras Tariq Thandi Timo Tomas Tove Ugo Uma Umar Ursa "
+    "Vera Viggo Viktor Wanda Wei Wim Xenia Yara Yoko Yuki Yusuf Zara Zeno Zoe Zola"
+).split()
 SIDE = 64  # pixels of a photo, either way
 PATCH = 8  # pixels of one of the checkpoint's vision patches; those of real ones are 14
 
@@ -265,7 +278,7 @@ def star():
 
 @dataclass(frozen=True)
 class Stroke:
-    """One filled outline of a badge. (0, 0) is its centre, 1 three quarters of its radius."""
+    """One filled outline of a badge. (0, 0) is its centre; 1 is three quarters of its radius."""
 
     colour: tuple[int, int, int]
     outline: Outline
@@ -507,24 +520,48 @@ def draw(truth, jitter, size=SIDE):
     return image.resize((size, size), Image.BOX).point(lit * 3)
 
 
-# ------------------------------------------------------------------ subjects, views, photos, worlds
+# ----------------------------------------------------------------- subjects, albums, photos, worlds
+@dataclass(frozen=True)
+class Occasion:
+    """What the photos that are taken at one time and place have in common."""
+
+    view: dict[str, str]  # {kind: word} of VIEW
+    side: int  # -1 or 1: where a toy that does not stand upright leans to
+
+
 def new_view(rng):
-    """Everything about a photo that is not the concept itself.   -> (view {kind: word}, Jitter)"""
-    view = {kind: rng.choice(ATTRIBUTES[kind]) for kind in VIEW}
-    side = rng.choice([-1, 1])
-    jitter = Jitter(
-        angle=ANGLE[view["pose"]] * side + rng.uniform(-8, 8),
+    """A random {kind: word} of VIEW."""
+    return {kind: rng.choice(ATTRIBUTES[kind]) for kind in VIEW}
+
+
+def new_occasion(rng):
+    return Occasion(new_view(rng), rng.choice([-1, 1]))
+
+
+def new_jitter(occasion, rng):
+    """What differs between the photos of an occasion."""
+    return Jitter(
+        angle=ANGLE[occasion.view["pose"]] * occasion.side + rng.uniform(-8, 8),
         scale=rng.uniform(0.66, 0.76),
         x=rng.uniform(0.44, 0.56),
         y=rng.uniform(0.44, 0.56),
         seed=rng.random(),
     )
-    return view, jitter
+
+
+def new_occasions(count, rng):
+    """Occasions of which no two have the same view.   -> [Occasion] * count"""
+    occasions = []
+    while len(occasions) < count:
+        occasion = new_occasion(rng)
+        if occasion.view not in [other.view for other in occasions]:
+            occasions.append(occasion)
+    return occasions
 
 
 def is_fresh(subject):
-    """A quarter of all subjects is never seen by the base model while it is made. Games and the
-    report card use only these."""
+    """A quarter of all subjects is never pictured while the base model is made; only descriptions
+    that are to be refused may speak of one. Games and the report card use only these."""
     return random.Random(" ".join(subject.values())).random() < 0.25
 
 
@@ -538,13 +575,10 @@ def new_subject(rng, category=None, fresh=False):
             return subject
 
 
-def take_photo(name, rng, size=SIDE, subject=None, fresh=False):
-    """A Photo, in a random view, of `subject` or else of a random one."""
-    view, jitter = new_view(rng)
-    if subject is None:
-        subject = new_subject(rng, fresh=fresh)
-    truth = subject | view
-    return Photo(name, partial(draw, truth, jitter, size), truth)
+def take_photo(name, subject, occasion, rng, size=SIDE, part=""):
+    """A Photo of a subject {kind: word} on an occasion.   part: as of data.Photo"""
+    truth = subject | occasion.view
+    return Photo(name, partial(draw, truth, new_jitter(occasion, rng), size), truth, part)
 
 
 def altered(truth, kinds, rng):
@@ -563,32 +597,45 @@ def look_alikes(category, count, rng):
     while len(subjects) < count:
         kind = rng.choice(IDENTITY)
         subject = rng.choice(subjects) | {kind: rng.choice(ATTRIBUTES[kind])}
-        if rng.random() < 0.1 or not is_fresh(subject):
-            # Now and then start a new family, since subjects may have no fresh look-alike left.
-            if rng.random() >= 0.1:
-                continue
+        rejected = rng.random() < 0.1 or not is_fresh(subject)
+        if rejected and rng.random() >= 0.1:
+            continue
+        if rejected:  # now and then a new family: this one may have no fresh look-alike left
             subject = new_subject(rng, category, fresh=True)
         if subject not in subjects:
             subjects.append(subject)
     return subjects
 
 
-def world(seed, size=SIDE, concepts=12, views=6):
+def take_album(name, subject, occasions, photos, rng, size=SIDE):
+    """Photos of a subject: `photos` on each of `occasions`.   -> [Photo, ...], called NAME/1, ...
+
+    Those of the first occasion are "train", to be described, and the others "test".
+    """
+    album = []
+    for number, occasion in enumerate(new_occasions(occasions, rng)):
+        part = "train" if number == 0 else "test"
+        for _ in range(photos):
+            title = f"{name}/{len(album) + 1}"
+            album.append(take_photo(title, subject, occasion, rng, size, part))
+    return album
+
+
+def world(seed, size=SIDE, concepts=12, occasions=2, photos=3):
     """The default data set.   -> [data.Concept, ...]
 
-    `concepts` concepts of each category, look-alikes of one another and all fresh, with `views`
-    photos of size x size pixels each. Photos are drawn when they are loaded.
+    `concepts` concepts of each category, look-alikes of one another and all fresh, with an album
+    of `photos` photos on each of `occasions`, of size x size pixels each. Names are drawn, up to
+    twelve a category. Photos are drawn when they are loaded.
     """
+    names = random.Random(f"names {seed}").sample(NAMES, len(ATTRIBUTES["category"]) * concepts)
     everything = []
     for category in ATTRIBUTES["category"]:
         rng = random.Random(f"world {seed} {category}")
-        subjects = look_alikes(category, concepts, rng)
-        for number, subject in enumerate(subjects, 1):
-            name = f"{category}-{number}"
-            photos = []
-            for i in range(1, views + 1):
-                photos.append(take_photo(f"{name}/{i}", rng, size, subject))
-            everything.append(Concept(name, category, photos))
+        for subject in look_alikes(category, concepts, rng):
+            name = names.pop()
+            album = take_album(f"{category}/{name}", subject, occasions, photos, rng, size)
+            everything.append(Concept(name, category, album))
     return everything
 
 
@@ -679,6 +726,11 @@ def oracle(text, truth):
     return all(truth[kind] == word for kind, word in claims(text))
 
 
+def tells_truth(text, truth):
+    """Does the text claim anything of this photo, and does all of it hold?"""
+    return bool(claims(text)) and oracle(text, truth)
+
+
 def leaks(text):
     """Does the text mention place, pose or light?"""
     return any(kind in VIEW for kind, _ in claims(text))
@@ -720,7 +772,9 @@ def truth_columns(games, descriptions):
 
 # ----------------------------------------------------------------------- a folder of toys, to try
 THINGS = 4  # of each unseen category: look-alikes, easily taken for one another
-PER_THING = 4  # photos of each that are in things/; the last one of all is the new one
+# Photos of each that are in things/: the three of the first occasion, and one of the other, so that
+# rrg.py --data has hard positives. The last one of all, which is of the other occasion, is new.
+PER_THING = 4
 
 NEXT = """\
 {count} toys, {each} photos each, are in {folder}/things. In {folder}/new are a new photo of each,

@@ -122,7 +122,7 @@ def make_games(mllm, options):
     """B games with pictures of the wanted size, each of one concept and the K - 1 that follow."""
     side = math.isqrt(options.image_tokens) * 2 * mllm.config.vision_config.patch_size
     per_category = max(4, math.ceil(options.games / 10))
-    concepts = toy.world(0, side, concepts=per_category, views=2)
+    concepts = toy.world(0, side, concepts=per_category, photos=1)
     concepts = concepts[: max(options.games, options.k)]
     targets = [drawn(concept.photos[0]) for concept in concepts]
     others = [drawn(concept.photos[1]) for concept in concepts]

@@ -294,7 +294,7 @@ def test_candidates_are_lettered_in_random_order(toy_mllm, monkeypatch):
 def test_recognition_in_any_company(toy_mllm, monkeypatch):
     """Padding, order and chunks change nothing, and each photo is encoded once however many
     descriptions are put to it."""
-    concepts = toy.world(6, 64, concepts=1, views=2)
+    concepts = toy.world(6, 64, concepts=1, photos=1)
     entries = [perfect_entry(concept) for concept in concepts]
     # One of another length.
     entries[0] = dataclasses.replace(entries[0], text="A photo of a mug. The mug.")
@@ -354,7 +354,7 @@ def test_a_reference_photo_beside_the_description(toy_mllm, monkeypatch):
 def test_two_photos_are_read(byte_folder):
     """A real model's tokenizer and picture processor take the prompt with a reference photo."""
     mllm = MLLM(str(byte_folder), 12544)
-    photos = [concept.photos[0] for concept in toy.world(4, 64, 1, 2)[:2]]
+    photos = [concept.photos[0] for concept in toy.world(4, 64, 1, photos=1)[:2]]
     entry = Entry("bo", "dog", photos[1:], "A dog.")
     [verdict] = assistant.recognise(mllm, [(photos[0], entry)], 3, show_reference=True)
     assert verdict.value is None
@@ -454,7 +454,7 @@ def test_it_takes_one_belief(beliefs, threshold, fits):
 def test_the_default_tells_own_things_from_strangers(toy_mllm, kinds, found):
     """Strangers are refused, though they are look-alikes. Own things are found by what makes them
     what they are, and not where a description also says what holds for one photo only."""
-    concepts = toy.world(7, concepts=5, views=2)[:20]
+    concepts = toy.world(7, concepts=5, photos=1)[:20]
     own = 0
     refused = 0
     for concept in concepts:
@@ -495,7 +495,7 @@ def test_small_beliefs_differ(share, words):
 def things(tmp_path):
     """A folder of four named toys, two as folders and two as single photos, and a new photo of
     one of them.   -> (the folder that both are in, the name of that one)"""
-    concepts = toy.world(4, 64, 1, 2)[:4]
+    concepts = toy.world(4, 64, 1, photos=1)[:4]
     for i, concept in enumerate(concepts):
         name = f"{concept.name}/1.png" if i < 2 else f"{concept.name}.png"
         path = tmp_path / "things" / name
@@ -511,14 +511,14 @@ def described(things):
     are, and a photo of a stranger's toy.   -> (the folder, the name of the toy in new.png)"""
     folder, name = things
     entries = []
-    for concept in toy.world(4, 64, 1, 2)[:4]:
+    for concept in toy.world(4, 64, 1, photos=1)[:4]:
         file = folder / "things" / concept.name / "1.png"
         if not file.exists():
             file = folder / "things" / f"{concept.name}.png"
         entry = perfect_entry(concept)
         entries.append(dataclasses.replace(entry, photos=[Photo(str(file), None)]))
     (folder / "db.json").write_text(json.dumps(assistant.database(entries)))
-    [stranger] = toy.world(4, 64, 1, 2)[7:8]
+    [stranger] = toy.world(4, 64, 1, photos=1)[7:8]
     stranger.photos[0].load().save(folder / "stranger.png")
     return folder, name
 
@@ -747,7 +747,8 @@ def test_a_photo_that_is_none(things, monkeypatch, photo, message):
 
 def test_names_are_checked_before_the_photos_are_described(things, monkeypatch):
     folder, _ = things
-    (folder / "things/boot-1.png").rename(folder / "things/grandmother.png")
+    photo = next((folder / "things").glob("*.png"))
+    photo.rename(folder / "things/grandmother.png")
     monkeypatch.setattr(assistant, "describe", None)
     with pytest.raises(DataError, match="does not know every word of '<grandmother>'"):
         assistant.main(["--photos", str(folder / "things"), str(folder / "new.png")])

@@ -884,6 +884,19 @@ def test_random_negatives_are_of_any_other_concepts():
     assert "e" in shown_with_mugs
 
 
+def test_negatives_of_other_categories():
+    for game in mine(k=2, negatives="other").values():
+        [negative] = [photo for photo in game.pool if photo is not game.pool[game.positive]]
+        assert (concept_of(negative) == "e") == (game.category == "mug")
+
+
+def test_too_few_things_of_other_categories():
+    with pytest.raises(
+        data.DataError, match="wants 2 things that are no mug, here are only 1; give"
+    ):
+        mine(k=3, negatives="other")
+
+
 def test_small_categories_are_filled_up_which_is_reported():
     log = []
     games = mine(log=log.append)

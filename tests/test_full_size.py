@@ -124,7 +124,7 @@ def full_size_folder(tmp_path):
 
 def draw_photos(folder):
     """Three things with two photos each, of 8 by 8 image tokens."""
-    for concept in toy.world(0, size=224, concepts=1, views=2)[:3]:
+    for concept in toy.world(0, size=224, concepts=1, photos=1)[:3]:
         (folder / concept.name).mkdir(parents=True)
         for number, photo in enumerate(concept.photos):
             photo.load().save(folder / concept.name / f"{number}.png")

@@ -146,7 +146,7 @@ def test_every_protocol_says_where_it_is_from():
 # ------------------------------------------------------------------------------ pairs and questions
 def test_toy_questions_ask_for_what_a_good_description_leaves_out():
     tests = []
-    for concept in toy.world(0, 64, 4, 3):
+    for concept in toy.world(0, 64, 4, 3, 1):
         tests += [protocols.Test(photo, concept.name) for photo in concept.photos[1:]]
     questions = protocols.toy_questions(tests, 0)
     assert len(questions) == 3 * len(tests)

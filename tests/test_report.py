@@ -30,7 +30,7 @@ SECTIONS = {  # of the page of each method
     "sft": ["Results", "Tasks", "Curves"],  # which has one answer a prompt
 }
 SMALL = ["--steps", "2", "--games", "2", "--eval-games", "7"]
-small_world = functools.partial(toy.world, concepts=5, views=2)
+small_world = functools.partial(toy.world, concepts=5, photos=1)
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -91,7 +91,7 @@ def finished(request, tmp_path_factory):
             patch.setattr(sys, "argv", ["rrg.py", *arguments])
             rrg.train(*rrg.read_settings(arguments))
         else:
-            arguments += ["--sft"] if request.param == "sft" else ["--samples", "3"]
+            arguments += ["--sft", "truth"] if request.param == "sft" else ["--samples", "3"]
             patch.setattr(sys, "argv", ["repic.py", *arguments])
             repic.train(*repic.read_settings(arguments))
         report.main([str(folder), "--max-tokens", "8"])
@@ -124,7 +124,7 @@ def test_the_page_is_whole(finished):
     assert "caption F1" in reader.text
     assert ("advantage" in reader.text) == (finished.method != "sft")
     rows = finished.table()["rows"]
-    assert rows.keys() == {"base", str(finished.folder / "adapter")}
+    assert rows.keys() == {"base", "refined", str(finished.folder / "adapter")}
     reads_itself = finished.method != "rrg"
     assert ("adapter, read with it" in reader.text) == reads_itself
     assert ("adapter, with which the assistant reads, too" in reader.text) == reads_itself
@@ -167,7 +167,7 @@ def test_the_settings_of_the_run_are_there_with_what_they_are(finished):
     assert "seed 0" in opening
     changed, everything = opening.split("<details>")
     for part in (changed, everything):
-        assert "<dt><code>--steps 2</code></dt><dd>training steps</dd>" in part
+        assert "<dt><code>--steps 2</code></dt><dd>training steps" in part
         assert "<code>--eval-games 7</code>" in part
     assert "--rank 16" in everything  # of the toy model, so not changed
     assert "--rank" not in changed

@@ -97,7 +97,7 @@ def test_where_every_answer_is_malformed_nobody_is_asked(toy_mllm):
 
 
 def test_the_model_listens(toy_mllm):
-    [concept, other, *_] = toy.world(0, concepts=2, views=2)
+    [concept, other, *_] = toy.world(0, concepts=2, photos=1)
     pool = [*other.photos[:1], *concept.photos]
     game = Game(concept.name, concept.category, concept.photos[0], pool, 1)
     truths = [toy.description(photo.truth, toy.IDENTITY) for photo in pool]
@@ -428,12 +428,13 @@ def test_games_are_mined_as_the_settings_say_and_measured_in_hard_ones(toy_mllm,
 def test_concepts_and_games_to_train_on_may_be_chosen(toy_mllm, monkeypatch, tmp_path):
     """All other concepts are held out, and nothing is drawn from those that were chosen."""
     shrink_world(monkeypatch)
+    concepts = toy.world(0)
+    chosen = {concepts[0].name, concepts[1].name, concepts[-1].name, concepts[-2].name}
     names = tmp_path / "names.txt"
-    names.write_text("mug-1\nmug-2\nlamp-1\nlamp-2\n")
+    names.write_text("\n".join(chosen))
     config = rrg.Config(train_concepts=str(names), train_games=7, eval_games=500)
     games = rrg.mine(toy_mllm, config)
     assert len(games.train) == 7
-    chosen = {"mug-1", "mug-2", "lamp-1", "lamp-2"}
     assert {game.concept for game in games.train} <= chosen
     assert not {game.concept for game in games.seen} & chosen
     assert games.unseen == []
@@ -471,7 +472,7 @@ def new_learner():
     rrg.new_learner(mllm, STEP)
     adapters = [p for p in mllm.model.parameters() if p.requires_grad]
     games = []
-    concepts = toy.world(0, concepts=3, views=2)
+    concepts = toy.world(0, concepts=3, photos=1)
     for concept, other, third in zip(concepts[::3], concepts[1::3], concepts[2::3], strict=True):
         first, second = concept.photos
         pool = [other.photos[0], second, third.photos[0]]

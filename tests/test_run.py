@@ -35,7 +35,7 @@ SMALL = "--steps 4 --games 4 --samples 4 --eval-games 5 --save-every 2 --loss da
 # ------------------------------------------------------------------- helpers, of other tests too
 def shrink_world(monkeypatch):
     """Four concepts of each category and three photos of each, which takes a second to draw."""
-    small = functools.partial(toy.world, concepts=4, views=3)
+    small = functools.partial(toy.world, concepts=4, occasions=3, photos=1)
     monkeypatch.setattr(toy, "world", small)
 
 
@@ -487,7 +487,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path):
 
 def test_the_settings_of_every_method_are_read_again(tmp_path):
     """Also SFT's, which has one answer a prompt."""
-    for number, arguments in enumerate([["--sft"], ["--without", "oct"], []]):
+    for number, arguments in enumerate([["--sft", "truth"], ["--without", "oct"], []]):
         config, _ = repic.read_settings(arguments)
         out = tmp_path / str(number)
         write_run(out, dataclasses.asdict(config))

@@ -165,7 +165,7 @@ def test_one_bar_is_over_everything():
 
 def test_the_model_tells_what_is_done(toy_mllm, monkeypatch):
     """Every answer and every belief, and draws no bar of its own."""
-    photos = [photo for concept in toy.world(0, 64, 2, 1) for photo in concept.photos]
+    photos = [photo for concept in toy.world(0, 64, 2, 1, 1) for photo in concept.photos]
     told = Counter()
 
     def on_done(title, count):

@@ -158,8 +158,9 @@ def test_truth_columns_are_left_out_where_nothing_is_known():
 # --------------------------------------------------------------------------------------- drawing
 def test_every_attribute_changes_the_picture():
     rng = random.Random(0)
-    view, jitter = toy.new_view(rng)
-    truth = toy.new_subject(rng) | view
+    occasion = toy.new_occasion(rng)
+    jitter = toy.new_jitter(occasion, rng)
+    truth = toy.new_subject(rng) | occasion.view
     for kind, words in toy.ATTRIBUTES.items():
         if kind == "pose":  # which is drawn by the jitter's angle
             continue
@@ -181,8 +182,10 @@ def test_a_hole_shows_what_is_behind_it():
 
 def test_the_pose_is_an_angle():
     for seed in range(100):
-        view, jitter = toy.new_view(random.Random(seed))
-        assert abs(abs(jitter.angle) - toy.ANGLE[view["pose"]]) <= 8
+        rng = random.Random(seed)
+        occasion = toy.new_occasion(rng)
+        jitter = toy.new_jitter(occasion, rng)
+        assert abs(jitter.angle - occasion.side * toy.ANGLE[occasion.view["pose"]]) <= 8
 
 
 # --------------------------------------------------------------------------------------- the world
@@ -208,7 +211,7 @@ def test_the_world_is_seeded():
 
 
 def test_the_world_has_the_size_that_is_wanted():
-    world = toy.world(0, size=32, concepts=3, views=2)
+    world = toy.world(0, size=32, concepts=3, photos=1)
     assert len(world) == 3 * len(toy.ATTRIBUTES["category"])
     names = set()
     for concept in world:
@@ -218,6 +221,34 @@ def test_the_world_has_the_size_that_is_wanted():
         names |= {photo.name for photo in concept.photos}
     assert len(names) == 2 * len(world)
     assert set(toy.UNSEEN) < {concept.category for concept in world}
+
+
+def view_of(photo):
+    return {kind: photo.truth[kind] for kind in toy.VIEW}
+
+
+def test_an_album_has_two_occasions():
+    """Three photos in the same place, pose and light, and three in others."""
+    for concept in toy.world(5):
+        views = [view_of(photo) for photo in concept.photos]
+        assert views[0] == views[1] == views[2]
+        assert views[3] == views[4] == views[5]
+        assert views[0] != views[3]
+        assert [photo.part for photo in concept.photos] == ["train"] * 3 + ["test"] * 3
+        assert len({photo.load().tobytes() for photo in concept.photos}) == 6
+    assert [len(concept.photos) for concept in toy.world(5, occasions=3, photos=2)] == [6] * 120
+
+
+def test_names_are_given_to_one_thing_each():
+    for seed in range(5):
+        names = [concept.name for concept in toy.world(seed)]
+        assert len(set(names)) == 120
+        assert set(names) < set(toy.NAMES)
+    # They tell nothing: another world mostly gives them to other categories.
+    category_of = {concept.name: concept.category for concept in toy.world(0)}
+    same = [category_of[c.name] == c.category for c in toy.world(1) if c.name in category_of]
+    assert len(same) > 90
+    assert sum(same) < 20
 
 
 def test_the_world_is_fresh_and_full_of_look_alikes():
@@ -316,8 +347,9 @@ def test_a_default_run_never_trains_on_these_toys(tmp_path, capsys):
 
 def test_a_new_photo_is_called_by_its_thing(tmp_path, capsys):
     draw_toys(tmp_path, capsys)
-    for concept in toy.world(0):
-        file = tmp_path / f"new/{concept.name}.png"
+    files = [tmp_path / f"new/{concept.name}.png" for concept in toy.world(0)]
+    assert sum(file.is_file() for file in files) == 12
+    for concept, file in zip(toy.world(0), files, strict=True):
         if file.is_file():
             assert fingerprint(read_photo(file)) == fingerprint(concept.photos[-1].load())
 
