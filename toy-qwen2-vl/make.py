@@ -1,11 +1,12 @@
 """make.py: how the checkpoint in this folder was made: a Qwen2-VL that knows the drawn world of
 toy.py.
 
-It is a real `Qwen2VLForConditionalGeneration` of 2.4M parameters in an ordinary checkpoint folder.
+It is a real `Qwen2VLForConditionalGeneration` of 2.2M parameters in an ordinary checkpoint folder.
 Nothing of this file is needed to use it, or to understand RRG. It is made to be an honest small
 MLLM: it captions densely, mixing identity and view; as a listener it says yes only if every claim
-fits the picture; and it does the assistant's three tasks. So where it fails at them, it is because
-a description is bad and not because it cannot read the prompt. One literal example, as the speaker
+fits the picture; it does the assistant's three tasks; and it can rewrite a description without
+state and place. So where it fails at them, it is because a description is bad and not because it
+cannot read the prompt. One literal example, as the speaker
 writes it and as the listener is asked about it:
 
     <thinking> I see a mug . </thinking> <coarse> A photo of a red mug </coarse>
@@ -17,20 +18,23 @@ writes it and as the listener is asked about it:
 To run it:
 
     python toy-qwen2-vl/make.py                    # rebuild it from nothing (README.md says how
-                                                   # long that takes), then its report card
+                                                   # long that takes), then its report card; a
+                                                   # stopped one goes on by the same command
     python toy-qwen2-vl/make.py --vision-steps 0   # keep its vision tower and rebuild the rest:
                                                    # what a changed prompt needs
     python toy-qwen2-vl/make.py --card             # only the report card
 
 Three stages of training: 1 the vision tower learns to see, 2 the language model learns all tasks,
-3 it learns to call a concept by its whole name.
+3 it learns to hesitate where RePIC is to reinforce something: it answers some questions hastily,
+and calls few things by their names, though it can do better.
 
 Where it departs from the way real MLLMs are trained (and therefore what not to learn from it):
 1. The vision tower learns the attributes directly (one linear head per attribute, thrown away),
    then is frozen.
 2. At this size little emerges from answers alone. So throw-away heads judge each claim true or
-   false, and tell what two concepts have in common; and two attention heads are shown where to
-   look: at the name that is to be copied, and at the subject in a scene that is to be found.
+   false, and tell what two concepts have in common; and six of the twenty attention heads are
+   shown where to look: three to find a subject in a scene, two to tell which name belongs to what
+   a sentence is about, one to copy that name.
 3. Our prompts, and the pieces of the JSON they ask for, are single words of the vocabulary: a
    prompt costs one token and not a hundred.
 
@@ -42,12 +46,15 @@ scene 81.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
 import pathlib
 import random
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -70,15 +77,21 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import assistant  # noqa: E402
+import evaluate  # noqa: E402
+import naming  # noqa: E402
 import repic  # noqa: E402
 import reward  # noqa: E402
-from data import Photo  # noqa: E402
-from model import MLLM, Prompt, chunks  # noqa: E402
+from data import DataError, Photo  # noqa: E402
+from lora import write_atomically  # noqa: E402
+from model import MLLM, PICTURE, Prompt, chunks  # noqa: E402
+from protocols import Part, Test, split_photos, toy_questions  # noqa: E402
+from rrg import percent  # noqa: E402
 from toy import (  # noqa: E402
     ATTRIBUTES,
     FOLDER,
     IDENTITY,
     KIND_OF,
+    NAMES,
     PATCH,
     SIDE,
     SUBJECT,
@@ -87,11 +100,14 @@ from toy import (  # noqa: E402
     claims,
     clause,
     description,
+    new_occasion,
+    new_subject,
     new_view,
     phrase,
     quiz,
     sentence,
     take_photo,
+    world,
 )
 
 SCENE_SIDE = 144  # pixels of a scene, either way: 2.25 times a photo's
@@ -124,17 +140,16 @@ PROMPTS = {  # the tasks about one photo
     "recognition": assistant.RECOGNITION,
     "captioning": assistant.CAPTIONING,
     "vqa": assistant.VQA,
+    "plain": repic.PLAIN,
 }
 WORDS = (
     'user assistant yes no Yes No system " , . : ? A B C photo of a The with badge on in light '
-    "I see Where How What does stand is "
+    "I see Where How What does stand is This "
     "<thinking> </thinking> <coarse> </coarse> <detailed> </detailed>"
 )
 BEFORE_ANSWER = ['{"Answer": "', '", "Answer": "']  # after these, Yes or No or a letter follows
 JSON_PIECES = ['{"Reasoning": "', *BEFORE_ANSWER, '", "Caption": "', '"}', '{"bbox_2d": [', "]}"]
-# A name such as <mug-3> is two tokens: <mug and ##-3>
-NAME_STEMS = [f"<{category}" for category in ATTRIBUTES["category"]]
-NAME_NUMBERS = [f"##-{number}>" for number in range(1, 13)]
+TAGS = [f"<{name}>" for name in NAMES]  # what things are called, a token each
 
 
 def box_numbers():
@@ -148,6 +163,7 @@ def prompt_pieces():
     templates = list(PROMPTS.values())
     for task in ("oct", "vlt", "ict"):
         templates += repic.PROMPTS[task]
+    templates += [repic.ASK_FOR_NAME, evaluate.REFINE]
     pieces = []
     for template in templates:
         pieces += [piece for piece in template.split("{text}") if piece]
@@ -155,10 +171,9 @@ def prompt_pieces():
 
 
 def new_tokenizer():
-    """Word-level: a token is a word, a tag, a punctuation mark, half a name, or a whole piece of a
+    """Word-level: a token is a word, a tag, a punctuation mark, a name, or a whole piece of a
     prompt (departure 3)."""
-    names = sorted(NAME_NUMBERS + NAME_STEMS)
-    words = [*SPECIAL, *WORDS.split(), *KIND_OF, *names, *box_numbers()]
+    words = [*SPECIAL, *WORDS.split(), *KIND_OF, *TAGS, *box_numbers()]
     ids = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
     core.decoder = decoders.WordPiece(cleanup=False)
@@ -187,7 +202,7 @@ def token_ids(tokenizer, words):
 WIDTH = 128
 LAYERS = 5
 TOWER_LAYERS = 3
-# Departure 2. To find a subject in a scene takes three steps, in three layers, by one head:
+# Departure 2. To find a subject in a scene takes three steps, by the first head of three layers:
 FIND_HEAD = 0
 WORDS_LAYER = 1  # each word of the prompt looks at the subjects that it fits,
 GATHER_LAYER = 2  # the answer looks at these words,
@@ -195,6 +210,9 @@ POINT_LAYER = 3  # and then at the subject that they all fit
 # To copy a name takes one:
 COPY_HEAD = 2
 COPY_LAYER = 3
+# To know which name it is takes two more, by the last head of two layers: a name looks at its
+# picture, in WORDS_LAYER, and the beginning of a sentence at what it is about, in GATHER_LAYER.
+LOOK_HEAD = 3
 
 
 def new_model(tokenizer):
@@ -276,7 +294,8 @@ def new_scene(photos, rng):
 
 def new_photo(seed):
     """A random subject that is not fresh.   -> (its picture as uint8 [64, 64, 3], its truth)"""
-    photo = take_photo("", random.Random(seed))
+    rng = random.Random(seed)
+    photo = take_photo("", new_subject(rng), new_occasion(rng), rng)
     return np.asarray(photo.load()), photo.truth
 
 
@@ -324,9 +343,16 @@ class Dataset:
         self.scene_features = scene_features  # [S, 81, WIDTH]
         self.of_subject = defaultdict(list)  # (category, colour, pattern, badge): photo numbers
         self.of_category = defaultdict(list)  # category: photo numbers
+        self.of_size = defaultdict(list)  # photos in a scene: scene numbers
+        self.larger_than = defaultdict(list)  # the same, of scenes with more photos
         for number, photo in enumerate(photos):
             self.of_subject[subject_of(photo.truth)].append(number)
             self.of_category[photo.truth["category"]].append(number)
+        for number, scene in enumerate(scenes):
+            size = len(scene.photos)
+            self.of_size[size].append(number)
+            for smaller in range(1, size):
+                self.larger_than[smaller].append(number)
 
     def same_subject(self, photo, rng):
         """The number of any photo of the same subject; it may be this one."""
@@ -335,10 +361,10 @@ class Dataset:
 
 # ------------------------------------------------------------------------------------ the optimizer
 def fit(title, modules, loss_of, steps, peak=1.0):
-    """Minimise `loss_of(step) -> (loss, figures to show)`: Muon for matrices, AdamW for the rest.
+    """Minimise `loss_of(step) -> (loss, figures)`: Muon for matrices, AdamW for the rest.
 
-    The learning rate rises for 50 steps and falls along half a cosine; peak: its share of the
-    optimizers' full rates.
+    Prints the figures twenty times, each the mean since the last time. The learning rate rises for
+    50 steps and falls along half a cosine; peak: its share of the optimizers' full rates.
     """
     # Muon is made for matrices, throw-away heads among them, but not for embeddings.
     parameters = []
@@ -363,8 +389,10 @@ def fit(title, modules, loss_of, steps, peak=1.0):
         torch.optim.lr_scheduler.LambdaLR(muon, share),
         torch.optim.lr_scheduler.LambdaLR(adamw, share),
     ]
-    bar = tqdm(range(steps), desc=title, mininterval=2)
-    for step in bar:
+    print(title, flush=True)
+    started = time.time()
+    recent = defaultdict(list)  # {figure: its values since the last line}
+    for step in tqdm(range(steps), desc=title, mininterval=2):
         loss, figures = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -373,8 +401,14 @@ def fit(title, modules, loss_of, steps, peak=1.0):
             optimizer.zero_grad()
         for schedule in schedules:
             schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+        for name, value in figures.items():
+            recent[name].append(value)
+        done = step + 1
+        if done % max(1, steps // 20) == 0:
+            means = [f"{name} {np.mean(values):.2f}" for name, values in recent.items()]
+            minutes = (time.time() - started) / 60
+            tqdm.write(f"{done} steps, {minutes:.1f} minutes: {', '.join(means)}")
+            recent.clear()
 
 
 # ------------------------------------------------------------------------- stage 1: learning to see
@@ -389,11 +423,18 @@ def covered(box):
 
 
 class VisionTrainer:
-    """Stage 1 (departure 1): linear heads tell each attribute from the mean of a subject's image
-    tokens: all of a photo, and of a scene those in its box, where two more heads tell where the
-    box begins. (A tower that has seen photos only is lost in scenes.)"""
+    """Stage 1 (departure 1): linear heads tell each attribute from a subject's image tokens: all
+    of a photo, and of a scene those in its box, where two more heads tell where the box begins.
+    (A tower that has seen photos only is lost in scenes.)
 
-    def __init__(self, model, processor, photos, batch=16, scenes=6):
+    They tell it from the tokens' mean and, in the later two thirds of the steps, from each token
+    alone, too. (Where only the mean knew, one token of a scene told the category in 29 %, and no
+    attention could find a subject by it. Where each token was to know from the first step on,
+    shapes were learned more slowly.)
+    """
+
+    def __init__(self, model, processor, photos, steps, batch=16, scenes=6):
+        self.steps = steps
         self.model = model
         self.processor = processor
         self.photos = photos
@@ -406,7 +447,8 @@ class VisionTrainer:
             self.heads[kind] = nn.Linear(WIDTH, len(words))
 
     def label(self, kind, truth):
-        """The class of a subject; -100, which counts for nothing, for the place of a photo's."""
+        """The class of a subject; -100, which counts for nothing, for the corner of the scene that
+        a single photo does not have."""
         if kind not in truth:
             return -100
         return self.classes[kind].index(truth[kind])
@@ -424,29 +466,27 @@ class VisionTrainer:
         of_photos = of_photos.view(self.batch, PHOTO_TOKENS, WIDTH)
         of_scenes = of_scenes.view(self.scenes, SCENE_TOKENS, WIDTH)
 
-        # The subjects: those of the photos, then those of the scenes, which have a place, too.
+        # The subjects: those of the photos, then those of the scenes, of which each is in a corner.
         truths = [photo.truth for photo in photos]
-        scene_of = []
-        inside = []
-        for number, scene in enumerate(scenes):
+        tokens = list(of_photos)
+        for scene, of_scene in zip(scenes, of_scenes, strict=True):
             for photo, box in zip(scene.photos, scene.boxes, strict=True):
                 truths.append(photo.truth | {"left": box[0], "top": box[1]})
-                scene_of.append(number)
-                inside.append(covered(box))
+                tokens.append(of_scene[covered(box)])
+        tokens = torch.stack(tokens)  # [subjects, 16, WIDTH]
 
-        # The mean of each subject's image tokens.
-        weights = torch.stack(inside)[:, None].float()  # [subjects in scenes, 1, 81]
-        sums = (weights @ of_scenes[scene_of]).squeeze(1)  # [subjects in scenes, WIDTH]
-        pooled = torch.cat([of_photos.mean(1), sums / PHOTO_TOKENS])  # [subjects, WIDTH]
-
-        # One classification a kind.
+        # A classification a kind of the mean, and later of each token.
         loss = 0.0
         figures = {}
         for kind, head in self.heads.items():
             labels = torch.tensor([self.label(kind, truth) for truth in truths])  # [subjects]
-            logits = head(pooled)  # [subjects, words of this kind]
-            loss = loss + F.cross_entropy(logits, labels)
-            right = logits.argmax(-1) == labels  # [subjects]
+            of_each = head(tokens)  # [subjects, 16, words of this kind]
+            of_mean = of_each.mean(1)  # [subjects, words]: the head is linear
+            loss = loss + F.cross_entropy(of_mean, labels)
+            if step >= self.steps // 3:
+                label_of_each = labels.repeat_interleave(PHOTO_TOKENS)  # [subjects * 16]
+                loss = loss + F.cross_entropy(of_each.flatten(0, 1), label_of_each)
+            right = of_mean.argmax(-1) == labels  # [subjects]
             figures[kind] = right[labels >= 0].float().mean().item()
         return loss, figures
 
@@ -475,29 +515,26 @@ class PhotoTasks:
     """Makes examples of the tasks about one photo, given its truth.
 
     max_claims: the longest descriptions claim so much besides the category.
-    whole_names: a name is of its concept's own category; otherwise of a random one.
 
     Half of the listener's descriptions hold, the others make one false claim (a fifth of them
     two). The descriptions of the assistant's tasks were written from another photo of the concept,
     and four in five of those show it as it is now, as the photos of a real concept mostly do. So a
     view that does not fit is evidence against, and distracts the model whatever the prompt says,
     as it does real MLLMs. The wrong descriptions are of foils, which differ in one, two or all
-    four of category, colour, pattern and badge.
+    four of category, colour, pattern and badge, and need not name what differs: a fifth of the
+    descriptions that are to be refused fit the subject, so nobody could learn these tasks wholly.
     """
 
-    def __init__(self, rng, max_claims, whole_names=False):
+    def __init__(self, rng, max_claims):
         self.rng = rng
         self.max_claims = max_claims
-        self.whole_names = whole_names
 
     def example(self, task, truth):
         """-> Example of one of PROMPTS"""
-        # The photo that a description of this concept was written from, and the concept's name.
+        # The photo that a description of this concept was written from.
         other_photo = truth
         if self.rng.random() < 0.2:
-            view, _ = new_view(self.rng)
-            other_photo = truth | view
-        name = self.name(truth, self.rng.randint(1, 12))
+            other_photo = truth | new_view(self.rng)
         if task == "speak":
             return self.speaking(truth)
         if task == "listen":
@@ -506,7 +543,9 @@ class PhotoTasks:
             return self.recognising(truth, other_photo)
         if task == "captioning":
             return self.captioning(truth, other_photo)
-        return self.answering(truth, other_photo, name)
+        if task == "plain":
+            return Example("", clause(f"The {truth['colour']} {truth['category']}", truth))
+        return self.answering(truth, other_photo)
 
     def random_kinds(self):
         """What a description claims besides the category."""
@@ -520,16 +559,7 @@ class PhotoTasks:
         """The truth of a photo of another concept."""
         count = self.rng.choice([1, 1, 2, 4])
         kinds = self.rng.sample(SUBJECT, count)
-        other = altered(truth, kinds, self.rng)
-        view, _ = new_view(self.rng)
-        return other | view
-
-    def name(self, truth, number):
-        """Such as <mug-3>."""
-        category = truth["category"]
-        if not self.whole_names:
-            category = self.rng.choice(ATTRIBUTES["category"])
-        return f"<{category}-{number}>"
+        return altered(truth, kinds, self.rng) | new_view(self.rng)
 
     def reasoning(self, truth):
         """What the assistant says that it sees."""
@@ -572,16 +602,10 @@ class PhotoTasks:
         # hard one.
         count = self.rng.choice([1, 2, 3, 3, 3])
         right = self.rng.randrange(count)
-        numbers = self.rng.sample(range(1, 13), count)
-
-        candidates = []
-        for i in range(count):
-            candidates.append(other_photo if i == right else self.foil(truth))
-        names = []
-        for candidate, number in zip(candidates, numbers, strict=True):
-            names.append(self.name(candidate, number))
+        names = self.rng.sample(TAGS, count)
         lines = []
-        for i, candidate in enumerate(candidates):
+        for i in range(count):
+            candidate = other_photo if i == right else self.foil(truth)
             lines.append(f"{'ABC'[i]}. {self.quoted_description(candidate)} is {names[i]}")
 
         answer = {
@@ -591,8 +615,9 @@ class PhotoTasks:
         }
         return Example("\n".join(lines), json.dumps(answer))
 
-    def answering(self, truth, other_photo, name):
+    def answering(self, truth, other_photo):
         """A question about place, pose or light, with two options."""
+        name = self.rng.choice(TAGS)
         question = quiz(truth, self.rng.choice(VIEW), self.rng)
         lines = [
             f"{name}: {self.quoted_description(other_photo)}",
@@ -612,41 +637,63 @@ class RepicExample:
     text: str
     answer: str
     agree: list[bool] | None = None  # oct: which of SUBJECT two photos have in common
-    words: torch.Tensor | None = None  # vlt [81, 4]: tokens of the subject in an image token, or -1
+    # vlt [81, 4]: the words of the category, colour, pattern and badge that an image token shows,
+    # as token ids, or -1
+    words: torch.Tensor | None = None
     sought: torch.Tensor | None = None  # vlt [81] bool: the image tokens in the answer's box
+    # ict, for each sentence of the caption, bool: the last picture's image tokens that it is about.
+    about: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class CaptionStyle:
-    """How often a caption calls a concept by its name, where it was shown, and is short."""
+    """How captions call the concepts that were shown by name before, and how long they are."""
 
-    by_name: float
-    short: float
+    by_name: float  # how often the first of them is called by its name
+    again: float  # and if it is, each of the others
+    short: float  # how often it says only where a concept is
 
 
-STYLES = [  # one for each wording of repic.PROMPTS["ict"]
-    CaptionStyle(by_name=0.05, short=0.6),  # "Give a caption"
-    CaptionStyle(by_name=0.6, short=0.1),  # "Give a personalized caption"
-    CaptionStyle(by_name=0.05, short=0.1),  # "Describe in detail"
+# How captions are that are asked for the name (repic.ASK_FOR_NAME), and those that are not: one for
+# each wording of repic.PROMPTS["ict"], "Give a caption", "Give a personalized caption", "Describe
+# in detail".
+ASKED = CaptionStyle(by_name=1.0, again=1.0, short=0.1)
+NOT_ASKED = [
+    CaptionStyle(by_name=0.1, again=1.0, short=0.6),
+    CaptionStyle(by_name=0.6, again=1.0, short=0.1),
+    CaptionStyle(by_name=0.1, again=1.0, short=0.1),
 ]
+# A hesitant model names one thing, and seldom another one.
+HESITANT_ASKED = CaptionStyle(by_name=1.0, again=0.3, short=0.1)
+HESITANT_NOT_ASKED = [
+    CaptionStyle(by_name=0.15, again=0.3, short=0.6),
+    CaptionStyle(by_name=0.7, again=0.3, short=0.1),
+    CaptionStyle(by_name=0.15, again=0.3, short=0.1),
+]
+HASTY = 0.6  # of a hesitant model's answers to oct and vlt
 
 
-def repic_example(dataset, tokenizer, task, references, rng):
+def repic_example(dataset, tokenizer, task, references, hesitant, rng):
     """An example of "oct", "vlt" or "ict".
 
     references (ict): how many concepts are shown by name before the picture to caption.
-
-    The answers are weak, so that there is something left to reinforce: three in five of oct's and
-    vlt's are hasty.
+    hesitant: the answers are weak, so that there is something left to reinforce.
     """
     wording = rng.randrange(len(repic.PROMPTS[task]))
     template = repic.PROMPTS[task][wording]
-    hasty = rng.random() < 0.6
+    hasty = hesitant and rng.random() < HASTY
     if task == "oct":
         return oct_example(dataset, template, hasty, rng)
     if task == "vlt":
         return vlt_example(dataset, tokenizer, template, hasty, rng)
-    return ict_example(dataset, template, STYLES[wording], references, rng)
+
+    asked = rng.random() < 0.5
+    if asked:
+        template += " " + repic.ASK_FOR_NAME
+        style = HESITANT_ASKED if hesitant else ASKED
+    else:
+        style = HESITANT_NOT_ASKED[wording] if hesitant else NOT_ASKED[wording]
+    return ict_example(dataset, template, style, references, rng)
 
 
 def agreement(photo, other):
@@ -657,7 +704,7 @@ def agreement(photo, other):
 def oct_example(dataset, template, hasty, rng):
     """Is the subject of the first picture in the second?
 
-    Hasty: the same category and colour are enough.
+    Hasty: the same category is enough, or it is a guess.
     """
     first = rng.randrange(len(dataset.photos))
     photo = dataset.photos[first]
@@ -665,7 +712,7 @@ def oct_example(dataset, template, hasty, rng):
     # The nearest look-alike among thirty of its category: mostly one attribute is different.
     def nearness(number):
         agree = sum(agreement(photo, dataset.photos[number]))
-        return agree % 4  # all four agree: that is no look-alike, but the same subject
+        return -1 if agree == len(SUBJECT) else agree  # the same subject is no look-alike
 
     look_alike = max(rng.choices(dataset.of_category[photo.truth["category"]], k=30), key=nearness)
     choices = [
@@ -677,12 +724,13 @@ def oct_example(dataset, template, hasty, rng):
     second = rng.choice(choices)
 
     agree = agreement(photo, dataset.photos[second])
-    compared = agree[:2] if hasty else agree
-    name = f"<{photo.truth['category']}-{rng.randint(1, 12)}>"
+    found = all(agree)
+    if hasty:
+        found = rng.choice([agree[0], agree[0], True, False])
     return RepicExample(
         pictures=[dataset.photo_features[first], dataset.photo_features[second]],
-        text=template.replace("{text}", name),
-        answer="yes" if all(compared) else "no",
+        text=template.replace("{text}", rng.choice(TAGS)),
+        answer="yes" if found else "no",
         agree=agree,
     )
 
@@ -714,15 +762,23 @@ def vlt_example(dataset, tokenizer, template, hasty, rng):
     )
 
 
+@dataclass(frozen=True)
+class Pictured:
+    """A subject of the picture that is captioned, as it is shown there."""
+
+    photo: Photo
+    where: torch.Tensor  # [81 or 16] bool: its image tokens
+
+
 def in_reading_order(scene):
-    """The photos of a scene, row by row from left to right."""
+    """The subjects of a scene, row by row from left to right.   -> [Pictured, ...]"""
 
     def place(pair):
         _, (left, top, _, _) = pair
         return (top > SIDE, left)
 
-    pairs = zip(scene.photos, scene.boxes, strict=True)
-    return [photo for photo, _ in sorted(pairs, key=place)]
+    pairs = sorted(zip(scene.photos, scene.boxes, strict=True), key=place)
+    return [Pictured(photo, covered(box)) for photo, box in pairs]
 
 
 def ict_example(dataset, template, style, references, rng):
@@ -731,51 +787,50 @@ def ict_example(dataset, template, style, references, rng):
     The last picture is a scene; with no references it is a single photo, and one concept is shown.
     Three in ten of the concepts shown are not in it, and are never named.
     """
-    # What is captioned.
+    # What is captioned: a photo, or a scene that shows as many concepts, half of the time, or any
+    # that shows enough.
     if references:
-        large_enough = []
-        for number, scene in enumerate(dataset.scenes):
-            if len(scene.photos) >= references:
-                large_enough.append(number)
-        number = rng.choice(large_enough)
+        enough = dataset.of_size[references]
+        if rng.random() < 0.5:
+            enough = dataset.of_size[references] + dataset.larger_than[references]
+        number = rng.choice(enough)
         last = dataset.scene_features[number]
         subjects = in_reading_order(dataset.scenes[number])
     else:
         number = rng.randrange(len(dataset.photos))
         last = dataset.photo_features[number]
-        subjects = [dataset.photos[number]]
+        subjects = [Pictured(dataset.photos[number], torch.ones(PHOTO_TOKENS, dtype=torch.bool))]
 
     # What is shown by name before: mostly other photos of the same concepts.
     pictures = []
-    names = []
     name_of = {}  # {photo in the last picture: its name}
     introduced = rng.sample(subjects, max(1, references))
-    numbers = rng.sample(range(1, 13), 4)
-    for subject, name_number in zip(introduced, numbers, strict=False):
-        is_there = rng.random() < 0.7
-        if is_there:
-            reference = dataset.same_subject(subject, rng)
+    names = rng.sample(TAGS, len(introduced))
+    for subject, name in zip(introduced, names, strict=True):
+        if rng.random() < 0.7:
+            reference = dataset.same_subject(subject.photo, rng)
+            name_of[subject.photo] = name
         else:
             reference = rng.randrange(len(dataset.photos))
-        name = f"<{dataset.photos[reference].truth['category']}-{name_number}>"
-        names.append(name)
         pictures.append(dataset.photo_features[reference])
-        if is_there:
-            name_of[subject] = name
 
     # The caption.
     by_name = rng.random() < style.by_name
     short = rng.random() < style.short
+    share = 1.0  # of the concepts that could be named
     clauses = []
     for subject in subjects:
-        who = f"The {subject.truth['colour']} {subject.truth['category']}"
-        if by_name and subject in name_of:
-            who = name_of[subject]
-        clauses.append(clause(who, subject.truth, short))
+        truth = subject.photo.truth
+        who = f"The {truth['colour']} {truth['category']}"
+        if by_name and subject.photo in name_of and rng.random() < share:
+            who = name_of[subject.photo]
+            share = style.again
+        clauses.append(clause(who, truth, short))
     return RepicExample(
         pictures=[*pictures, last],
-        text=template.replace("{text}", ", ".join(names)),
+        text=repic.introduce(template, names),
         answer=" ".join(clauses),
+        about=[subject.where for subject in subjects],
     )
 
 
@@ -806,9 +861,14 @@ def make_rows(tokenizer, questions, answers):
 
 
 def chat(tokenizer, pictures, text):
-    """The prompt of a user who shows so many pictures, each one <|image_pad|>, and says `text`."""
-    content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
+    """The prompt of a user who shows so many pictures and says `text`, as MLLM.chat writes it.
+
+    Each picture is one <|image_pad|>; they come first, or where the text says PICTURE.
+    """
+    if PICTURE not in text:
+        text = PICTURE * pictures + text
+    text = text.replace(PICTURE, "<|vision_start|><|image_pad|><|vision_end|>")
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -834,9 +894,7 @@ class PhotoBatch:
     ids: torch.Tensor  # [rows, T]
     labels: torch.Tensor  # [rows, T], see Rows
     claim_labels: torch.Tensor  # [rows, T]: 1 a true claim of the question, 0 a false one, else -1
-    # Where the next token decides the answer: yes or no, a letter, a name's number, and for whole
-    # names its category, too.
-    decides: torch.Tensor  # [rows, T] bool
+    decides: torch.Tensor  # [rows, T] bool: the next token is yes or no, a letter or a name
 
 
 def photo_batch(tokenizer, templates, tasks, truths, maker):
@@ -862,10 +920,7 @@ def photo_batch(tokenizer, templates, tasks, truths, maker):
     is_true = (rows.ids[..., None] == true_words[:, None]).any(-1)  # [rows, T]
     claim_labels = torch.where(is_claim, is_true.long(), -1)
 
-    deciding = ["yes", "no", *NAME_NUMBERS]
-    if maker.whole_names:
-        deciding += NAME_STEMS
-    decides = torch.isin(rows.labels, token_ids(tokenizer, deciding))
+    decides = torch.isin(rows.labels, token_ids(tokenizer, ["yes", "no", *TAGS]))
     decides = decides | torch.isin(rows.ids, token_ids(tokenizer, BEFORE_ANSWER))
     return PhotoBatch(rows.ids, rows.labels, claim_labels, decides)
 
@@ -881,6 +936,15 @@ class RepicBatch:
     examples: list[RepicExample]
 
 
+def begins_sentence(tokenizer, rows):
+    """Where an answer's next token begins a sentence.   -> [rows, T] bool"""
+    full_stop, end_of_turn = token_ids(tokenizer, [".", "<|im_end|>"])
+    is_answer = rows.labels >= 0  # [rows, T]
+    is_first = is_answer & (is_answer.cumsum(1) == 1)
+    is_later = is_answer & (rows.ids == full_stop) & (rows.labels != end_of_turn)
+    return is_first | is_later
+
+
 def repic_batch(tokenizer, examples):
     """-> RepicBatch"""
     questions = []
@@ -894,14 +958,16 @@ def repic_batch(tokenizer, examples):
         pictures += example.pictures
     rows = make_rows(tokenizer, questions, [example.answer + "<|im_end|>" for example in examples])
 
-    deciding = [*NAME_NUMBERS, *box_numbers(), "yes", "no"]
+    decides = torch.isin(rows.labels, token_ids(tokenizer, [*box_numbers(), "yes", "no"]))
+    if examples[0].about is not None:  # ict: a name, or what it is called by else
+        decides = begins_sentence(tokenizer, rows)
     grids = []
     for picture in pictures:
         patches = 2 * math.isqrt(len(picture))  # either way; a token is two by two of them
         grids.append([1, patches, patches])
     return RepicBatch(
         rows=rows,
-        decides=torch.isin(rows.labels, token_ids(tokenizer, deciding)),
+        decides=decides,
         features=torch.cat(pictures).float(),
         grids=torch.tensor(grids),
         examples=examples,
@@ -937,6 +1003,33 @@ def copy_targets(ids, labels, copied):
 
 
 @dataclass
+class NameTargets:
+    """Where ict's rows are to look, before a name can be copied."""
+
+    pictures: torch.Tensor  # [rows, T, T] bool: a name looks at the picture before it
+    subjects: torch.Tensor  # [rows, T, T] bool: the beginning of a sentence at what it is about
+
+
+def name_targets(model, tokenizer, batch):
+    """-> NameTargets of a RepicBatch of ict"""
+    ids = batch.rows.ids  # [rows, T]
+    is_image = ids == model.config.image_token_id  # [rows, T]
+    picture = (ids == model.config.vision_start_token_id).cumsum(1)  # [rows, T], from 1
+    is_same_picture = picture[:, :, None] == picture[:, None]  # [rows, T, T]
+    is_shown = torch.isin(ids, token_ids(tokenizer, TAGS)) & batch.rows.is_question  # [rows, T]
+    pictures = is_shown[..., None] & is_same_picture & is_image[:, None]  # [rows, T, T]
+
+    subjects = torch.zeros_like(pictures)
+    for row, example in enumerate(batch.examples):
+        begins = batch.decides[row].nonzero().flatten()  # places of the sentences' beginnings
+        is_last = is_image[row] & (picture[row] == len(example.pictures))  # [T]
+        last = is_last.nonzero().flatten()  # places of the last picture's image tokens
+        for place, where in zip(begins, example.about, strict=True):
+            subjects[row, place, last[where]] = True
+    return NameTargets(pictures, subjects)
+
+
+@dataclass
 class PhotoLosses:
     """What is learned from the tasks about one photo."""
 
@@ -951,21 +1044,16 @@ class PhotoLosses:
 
 
 class LanguageTrainer:
-    """Stages 2 and 3.
+    """Stages 2 and 3.   hesitant: stage 3"""
 
-    whole_names: stage 3. The concepts have names of their own categories, and both parts of a name
-    weigh as much as any other answer. Before that, names are of any category, so that no half of
-    one can be guessed from the photo: both have to be copied.
-    """
-
-    def __init__(self, model, tokenizer, dataset, batch=24, whole_names=False):
+    def __init__(self, model, tokenizer, dataset, batch=20, hesitant=False):
         self.model = model
         self.tokenizer = tokenizer
         self.dataset = dataset
-        self.batch = batch  # photos a step
-        self.whole_names = whole_names
-        self.rng = random.Random(0)
-        self.figures = {}  # of RePIC's tasks; not each of them has its turn in every step
+        self.batch = batch  # photos a step, and examples of each of RePIC's tasks
+        self.hesitant = hesitant
+        self.rng = random.Random(int(hesitant))
+        self.figures = {}  # of this step's tasks
 
         # Departure 2: one throw-away head judges a claim, one compares two concepts.
         self.claim_head = nn.Linear(WIDTH, 2)
@@ -973,7 +1061,7 @@ class LanguageTrainer:
         self.decoder = model.model.language_model
         self.decoder.set_attn_implementation("eager")  # the one that returns its attention
 
-        self.name_numbers = token_ids(tokenizer, NAME_NUMBERS)
+        self.names = token_ids(tokenizer, TAGS)
         self.attribute_words = token_ids(tokenizer, KIND_OF)
         self.templates = continuations(tokenizer)
         beginning = photo_beginning(tokenizer)
@@ -1048,8 +1136,8 @@ class LanguageTrainer:
         answer each other.
         """
         # The descriptions become longer and longer.
-        max_claims = 6 if self.whole_names else min(6, 1 + 6 * step // 400)
-        maker = PhotoTasks(self.rng, max_claims, self.whole_names)
+        max_claims = 6 if self.hesitant else min(6, 1 + 6 * step // 400)
+        maker = PhotoTasks(self.rng, max_claims)
         truths = [self.dataset.photos[number].truth for number in numbers]
         batch = photo_batch(self.tokenizer, self.templates, tasks, truths, maker)
         out = self.continue_photos(numbers, batch.ids)
@@ -1058,7 +1146,7 @@ class LanguageTrainer:
         # What decides an answer, and where a name is copied from.
         attention = out.attentions[COPY_LAYER]  # [rows, heads, T, P + T]
         attention = attention[..., -batch.ids.shape[1] :]  # [rows, heads, T, T]
-        targets = copy_targets(batch.ids, batch.labels, self.name_numbers)
+        targets = copy_targets(batch.ids, batch.labels, self.names)
         copy_loss = attention_loss(attention, COPY_HEAD, targets)
         decision_loss, right = self.answer_loss(hidden, batch.labels, batch.decides)
 
@@ -1085,10 +1173,12 @@ class LanguageTrainer:
 
     def repic_loss(self, task, references=0):
         """Examples of one of RePIC's tasks (see `repic_example`).   -> loss"""
-        count = self.batch if task == "vlt" else self.batch // 2  # finding needs most practice
         examples = []
-        for _ in range(count):
-            examples.append(repic_example(self.dataset, self.tokenizer, task, references, self.rng))
+        for _ in range(self.batch):
+            example = repic_example(
+                self.dataset, self.tokenizer, task, references, self.hesitant, self.rng
+            )
+            examples.append(example)
         batch = repic_batch(self.tokenizer, examples)
         ids = batch.rows.ids
         labels = batch.rows.labels
@@ -1103,10 +1193,9 @@ class LanguageTrainer:
 
         # What is said.
         loss, _ = self.answer_loss(hidden, labels, (labels >= 0) & ~batch.decides)
-        if batch.decides.any():  # captions do not always call a concept by its name
-            decision_loss, right = self.answer_loss(hidden, labels, batch.decides)
-            loss = loss + decision_loss
-            self.figures[task] = right.mean().item()
+        decision_loss, right = self.answer_loss(hidden, labels, batch.decides)
+        loss = loss + decision_loss
+        self.figures[task] = right.mean().item()
 
         # Departure 2.
         if task == "oct":
@@ -1114,9 +1203,38 @@ class LanguageTrainer:
         if task == "vlt":
             loss = loss + self.find_loss(out.attentions, batch)
         if task == "ict":
-            targets = copy_targets(ids, labels, self.name_numbers)
-            loss = loss + attention_loss(out.attentions[COPY_LAYER], COPY_HEAD, targets)
+            loss = loss + self.name_loss(out.attentions, batch)
         return loss
+
+    def refining_loss(self):
+        """Descriptions written again without place, pose and light.   -> loss"""
+        questions = []
+        answers = []
+        maker = PhotoTasks(self.rng, max_claims=6)
+        for _ in range(self.batch):
+            truth = new_subject(self.rng) | new_view(self.rng)
+            kinds = maker.random_kinds()
+            lasting = [kind for kind in kinds if kind in IDENTITY]
+            template = evaluate.REFINE.replace("{text}", f'"{description(truth, kinds)}"')
+            questions.append(chat(self.tokenizer, 0, template))
+            answers.append(description(truth, lasting) + "<|im_end|>")
+        rows = make_rows(self.tokenizer, questions, answers)
+        hidden = self.decoder(rows.ids, use_cache=False).last_hidden_state  # [rows, T, WIDTH]
+        loss, right = self.answer_loss(hidden, rows.labels, rows.labels >= 0)
+        self.figures["refine"] = right.mean().item()
+        return loss
+
+    def copying_loss(self):
+        """Departure 2: a lesson in which there is nothing to do but to say a name.   -> loss"""
+        names = self.rng.choices(TAGS, k=2 * self.batch)
+        questions = [chat(self.tokenizer, 0, f"This is {name}.") for name in names]
+        rows = make_rows(self.tokenizer, questions, names)
+        out = self.decoder(rows.ids, use_cache=False, output_attentions=True)
+        decides = rows.labels >= 0  # [rows, T]
+        loss, right = self.answer_loss(out.last_hidden_state, rows.labels, decides)
+        self.figures["copy"] = right.mean().item()
+        targets = copy_targets(rows.ids, rows.labels, self.names)
+        return loss + attention_loss(out.attentions[COPY_LAYER], COPY_HEAD, targets)
 
     def agreement_loss(self, hidden, batch):
         """Where yes or no is decided, a throw-away head tells what the two concepts share."""
@@ -1129,7 +1247,9 @@ class LanguageTrainer:
         subject.   attentions [layers][rows, heads, T, T] -> loss"""
         ids = batch.rows.ids  # [rows, T]
         scene = self.is_image(ids)[0]  # [T], the same in all rows
-        decides = batch.decides[..., None]  # [rows, T, 1]
+        # The first of a box's numbers: the others are easy once it is said.
+        first = batch.decides & (batch.decides.cumsum(1) == 1)  # [rows, T]
+        first = first[..., None]  # [rows, T, 1]
 
         words = torch.stack([example.words for example in batch.examples])  # [rows, 81, 4]
         sought = torch.stack([example.sought for example in batch.examples])  # [rows, 81]
@@ -1138,35 +1258,50 @@ class LanguageTrainer:
 
         words_loss = attention_loss(attentions[WORDS_LAYER][..., scene], FIND_HEAD, fits)
         gather_loss = attention_loss(
-            attentions[GATHER_LAYER], FIND_HEAD, decides & is_attribute[:, None]
+            attentions[GATHER_LAYER], FIND_HEAD, first & is_attribute[:, None]
         )
         point_loss = attention_loss(
-            attentions[POINT_LAYER][..., scene], FIND_HEAD, decides & sought[:, None]
+            attentions[POINT_LAYER][..., scene], FIND_HEAD, first & sought[:, None]
         )
         self.figures["find"] = point_loss.item()
         return words_loss + gather_loss + point_loss
 
+    def name_loss(self, attentions, batch):
+        """Names look at their pictures, sentences at what they are about, and then at its name.
+
+        attentions [layers][rows, heads, T, T] -> loss
+        """
+        looks = name_targets(self.model, self.tokenizer, batch)
+        names = copy_targets(batch.rows.ids, batch.rows.labels, self.names)
+        pictures_loss = attention_loss(attentions[WORDS_LAYER], LOOK_HEAD, looks.pictures)
+        subjects_loss = attention_loss(attentions[GATHER_LAYER], LOOK_HEAD, looks.subjects)
+        names_loss = attention_loss(attentions[COPY_LAYER], COPY_HEAD, names)
+        self.figures["look"] = subjects_loss.item()
+        self.figures["match"] = names_loss.item()
+        return pictures_loss + subjects_loss + names_loss
+
     def loss(self, step):
-        """All examples of a step.   -> (loss, figures to show)"""
-        numbers = []
-        for _ in range(self.batch):
-            numbers.append(self.rng.randrange(len(self.dataset.photos)))
-        tasks = ["speak"] * 4 + ["listen", "listen", "recognition", "vqa"]
+        """All examples of a step.   -> (loss, {figure: value})"""
+        self.figures = {}
+        numbers = self.rng.choices(range(len(self.dataset.photos)), k=self.batch)
+        tasks = ["speak"] * 4 + ["plain", "listen", "listen", "recognition", "vqa"]
         losses = self.photo_losses(numbers, tasks, step)
         # Captions apart: they are about three descriptions, which makes long rows.
         captions = self.photo_losses(numbers[: self.batch // 2], ["captioning"], step)
 
         loss = losses.total + captions.total
         loss = loss + self.repic_loss("vlt")
+        # One thing by name first, then more and more.
+        most = 4 if self.hesitant else min(4, 1 + 4 * step // 1000)
+        loss = loss + self.repic_loss("ict", references=self.rng.randint(0, most))
         if step % 2 == 0:
             loss = loss + self.repic_loss("oct")
-        else:
-            loss = loss + self.repic_loss("ict", references=step % 5)
+        if step % 4 == 1:
+            loss = loss + self.refining_loss()
+        loss = loss + self.copying_loss()
 
         figures = {"caption": losses.words.item(), "claim": losses.claims.item()}
         decisions = ["listen", "listen 2", "recognise", "vqa", "choose", "name"]
-        if self.whole_names:
-            decisions.append("name 2")  # the second part of a name
         figures.update(zip(decisions, losses.right + captions.right, strict=True))
         return loss, figures | self.figures
 
@@ -1174,13 +1309,23 @@ class LanguageTrainer:
 # ---------------------------------------------------------------------------------- the report card
 @dataclass
 class ReportCard:
-    """How honest a model is. All figures are shares."""
+    """How honest a model is, and how much there is left to reinforce. All figures are shares."""
 
     photos: int
     well_formed: float  # answers that can be parsed
     accepts_true: float  # true descriptions that the listener accepts
     says_right: dict[str, float]  # {kind: claims of this kind that are true, when it speaks}
     catches: dict[str, float]  # {kind: descriptions rejected whose one false claim is of this kind}
+    # With descriptions written from the truth: {figure of evaluate.py: value}; None where a
+    # category has one thing only, so that there is no look-alike
+    reads: dict[str, float | None]
+    rewards: dict[str, float]  # {kind of RePIC's tasks: what answers at temperature 1 earn}
+    # F1 of names in greedy captions that are asked for them, by how many things there are and which
+    # references; of wrong ones their own names count, so less is better
+    names: dict[str, float | None]
+
+
+READS = ("captioning_f1", "recognition_weighted", "recognition_inside", "vqa")
 
 
 def false_descriptions(photos, rng):
@@ -1198,36 +1343,102 @@ def false_descriptions(photos, rng):
     return pairs
 
 
-def report_card(mllm, photos=2000):
+def report_card(mllm, photos=2000, concepts=6, tasks=100):
     """How honest an MLLM is about fresh subjects: what it claims when it speaks at temperature 1,
-    and what it accepts when it listens.   -> ReportCard
+    what it accepts when it listens, and how it does the tasks of the assistant and of RePIC.
+    -> ReportCard
 
-    `mllm` is a model.MLLM, so the model is examined through the very code that plays the game.
+    photos to speak and to listen about; concepts of each category for the assistant; tasks of each
+    of RePIC's kinds. `mllm` is a model.MLLM, so the model is examined through the very code that
+    plays the game.
     """
     rng = random.Random("report card")
-    subjects = [take_photo(f"report/{i}", rng, fresh=True) for i in range(photos)]
+    shots = []
+    for i in range(photos):
+        subject = new_subject(rng, fresh=True)
+        shots.append(take_photo(f"report/{i}", subject, new_occasion(rng), rng))
 
     # It speaks.
     max_tokens = 56
     uniforms = torch.rand(max_tokens, photos, generator=torch.Generator().manual_seed(0))
-    prompts = [Prompt([photo], PROMPTS["speak"]) for photo in subjects]
-    uniforms = uniforms.to(mllm.device)
+    prompts = [Prompt([photo], PROMPTS["speak"]) for photo in shots]
     texts = mllm.speak(prompts, max_tokens=max_tokens, uniforms=uniforms).texts
     parsed = [text for text in texts if reward.parse(text)]
     right = {kind: [] for kind in ATTRIBUTES}
-    for photo, text in zip(subjects, texts, strict=True):
+    for photo, text in zip(shots, texts, strict=True):
         for kind, word in claims(text):
             right[kind].append(word == photo.truth[kind])
     says_right = {kind: sum(claimed) / max(1, len(claimed)) for kind, claimed in right.items()}
 
     # It listens.
     accepted = {}
-    for kind, pairs in false_descriptions(subjects, rng).items():
+    for kind, pairs in false_descriptions(shots, rng).items():
         accepted[kind] = (mllm.believe(pairs) > 0.5).float().mean().item()
     accepts_true = accepted.pop(None)
     catches = {kind: 1 - share for kind, share in accepted.items()}
 
-    return ReportCard(photos, len(parsed) / photos, accepts_true, says_right, catches)
+    drawn = world("report card", concepts=concepts)
+    return ReportCard(
+        photos,
+        len(parsed) / photos,
+        accepts_true,
+        says_right,
+        catches,
+        reads=read_perfectly(mllm, drawn),
+        rewards=sampled_rewards(mllm, drawn, tasks),
+        names=names_in_captions(mllm, drawn),
+    )
+
+
+def as_benchmark(concepts):
+    """-> ({concept name: PhotoSplit}, Part whose tests are all photos of other occasions)"""
+    part = Part(concepts, concepts)
+    splits = {}
+    for concept in concepts:
+        split = split_photos(concept, references=1, kept=1, seed=0)
+        splits[concept.name] = split
+        part.tests += [Test(photo, concept.name) for photo in split.tests]
+    return splits, part
+
+
+def read_perfectly(mllm, concepts):
+    """The assistant's tasks, with descriptions written from the truth.   -> {figure: value}"""
+    splits, part = as_benchmark(concepts)
+    entries = []
+    for concept in concepts:
+        references = splits[concept.name].references
+        text = description(references[0].truth, IDENTITY)
+        entries.append(assistant.Entry(concept.name, concept.category, references, text))
+    options = evaluate.Options(max_tokens=128)
+    questions = toy_questions(part.tests, seed=0)
+    examined = evaluate.examine(mllm, mllm, entries, part.tests, questions, [], options)
+    return {figure: examined.figures[figure] for figure in READS}
+
+
+def sampled_rewards(mllm, concepts, tasks, samples=8):
+    """What answers at temperature 1 to RePIC's tasks earn.   -> {kind: mean reward}"""
+    config = repic.Config(min_chars=30)
+    rewards = {}
+    for kind in repic.KINDS:
+        of_kind = repic.make_tasks(concepts, {kind: 1.0}, tasks, SIDE, "pixels", "report card")
+        prompts = [Prompt(task.photos, task.text) for task in of_kind]
+        generator = torch.Generator().manual_seed(0)
+        uniforms = torch.rand(64, tasks * samples, generator=generator)
+        texts = mllm.speak(prompts, samples, 64, uniforms).texts
+        rewards[kind] = repic.score(mllm, of_kind, texts, config).mean().item()
+    return rewards
+
+
+def names_in_captions(mllm, concepts):
+    """Do captions call things by the names that references give?   -> {figure: F1}"""
+    splits, part = as_benchmark(concepts)
+    options = evaluate.Options(max_tokens=128)
+    figures, _ = naming.grounding(mllm, mllm, part, splits, {}, True, options)
+    names = {}
+    for count in naming.BY_COUNT:
+        for how in ("right", "wrong"):
+            names[f"{count} {how}"] = figures[f"names_{count}_{how}_f1"]
+    return names
 
 
 def print_card(card):
@@ -1238,32 +1449,77 @@ def print_card(card):
     print(f"{'':10}{'says it right':>15}{'catches it as the one false claim':>36}")
     for kind in ATTRIBUTES:
         print(f"{kind:10}{card.says_right[kind]:>15.1%}{card.catches[kind]:>36.1%}")
+    for title, figures in (
+        ("with descriptions written from the truth", card.reads),
+        ("RePIC's rewards, of answers at temperature 1", card.rewards),
+        ("F1 of names in greedy captions, by how many and which references", card.names),
+    ):
+        words = [f"{name} {percent(value)}" for name, value in figures.items()]
+        print(f"{title}: {', '.join(words)}")
 
 
 # --------------------------------------------------------------------------------- all three stages
 def train_vision(model, processor, photos, steps):
     """Stage 1."""
-    trainer = VisionTrainer(model, processor, photos)
+    trainer = VisionTrainer(model, processor, photos, steps)
     modules = [model.model.visual, trainer.heads]
     fit("1/3 the vision tower learns to see", modules, trainer.loss, steps)
 
 
-def train_language(title, model, tokenizer, dataset, steps, peak=1.0, whole_names=False):
-    """Stage 2, or with whole names stage 3."""
-    trainer = LanguageTrainer(model, tokenizer, dataset, whole_names=whole_names)
+def train_language(title, model, tokenizer, dataset, steps, peak=1.0, hesitant=False):
+    """Stage 2, or with `hesitant` stage 3."""
+    trainer = LanguageTrainer(model, tokenizer, dataset, hesitant=hesitant)
     modules = [trainer.decoder, trainer.claim_head, trainer.agreement_head]
     fit(title, modules, trainer.loss, steps, peak)
+
+
+@contextlib.contextmanager
+def stage(folder, number, model, recipe):
+    """Take a stage up where it was saved, or save it when it is done.   Yields whether it is new
+
+    recipe: all that it depends on; raises DataError for a stage that another one has saved.
+    A stage draws random numbers of its own, so that it does not matter whether the one before it
+    was trained just now or taken up.
+    """
+    file = folder / f"stage-{number}.pt"
+    torch.manual_seed(number)
+    if file.is_file():
+        saved = torch.load(file, weights_only=True)
+        if saved["recipe"] != recipe:
+            raise DataError(
+                f"{file} is of a build with other options, or of another make.py: delete it, or "
+                "give the options that it was begun with"
+            )
+        yield False
+        model.load_state_dict(saved["model"])
+    else:
+        yield True
+        content = {"recipe": recipe, "model": model.state_dict()}
+        write_atomically(file, partial(torch.save, content))
 
 
 def build(folder, pictures, vision_steps, language_steps):
     """Make the checkpoint and save it in `folder`, in 16 bit.
 
+    A build that was stopped goes on after the last stage that it finished, to the same bytes.
     vision_steps=0: the vision tower is that of the checkpoint which is in `folder` already.
+    Raises DataError for fewer than 100 pictures: lessons want scenes of every size.
     """
-    torch.manual_seed(0)
+    if pictures < 100:
+        raise DataError("--pictures: 100 at least, so that there are scenes of every size")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = pathlib.Path(__file__).read_bytes()
+    recipe = {
+        "source": hashlib.sha256(source).hexdigest(),
+        "prompts": prompt_pieces(),
+        "pictures": pictures,
+        "vision_steps": vision_steps,
+        "language_steps": language_steps,
+    }
     photos = draw_photos(pictures)
     tokenizer = new_tokenizer()
     processor = new_processor()
+    torch.manual_seed(0)
     model = new_model(tokenizer)
     # Words of the usual initial size, .02, drown in what the layers add: names were never copied.
     # The 15 was found by trying.
@@ -1271,7 +1527,9 @@ def build(folder, pictures, vision_steps, language_steps):
 
     # 1/3: the tower, which is then frozen.
     if vision_steps:
-        train_vision(model, processor, photos, vision_steps)
+        with stage(folder, 1, model, recipe) as is_new:
+            if is_new:
+                train_vision(model, processor, photos, vision_steps)
     else:
         made = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         model.model.visual.load_state_dict(made.model.visual.state_dict())
@@ -1289,14 +1547,20 @@ def build(folder, pictures, vision_steps, language_steps):
     )
 
     # 2/3 and 3/3: the language model.
-    title = "2/3 the language model learns to speak, to listen and to answer"
-    train_language(title, model, tokenizer, dataset, language_steps)
-    title = "3/3 ... and to call a concept by its whole name"
-    steps = max(1, 3 * language_steps // 4)
-    train_language(title, model, tokenizer, dataset, steps, peak=0.5, whole_names=True)
+    with stage(folder, 2, model, recipe) as is_new:
+        if is_new:
+            title = "2/3 the language model learns to speak, to listen and to answer"
+            train_language(title, model, tokenizer, dataset, language_steps)
+    with stage(folder, 3, model, recipe) as is_new:
+        if is_new:
+            title = "3/3 ... and to hesitate"
+            steps = max(1, language_steps // 5)
+            train_language(title, model, tokenizer, dataset, steps, peak=0.4, hesitant=True)
 
     for part in (model.half(), tokenizer, processor):
         part.save_pretrained(folder)
+    for file in folder.glob("stage-*.pt"):
+        file.unlink()
 
 
 def read_arguments():
@@ -1320,13 +1584,13 @@ def read_arguments():
         type=int,
         default=40_000,
         metavar="INT",
-        help="pictures to draw and learn from, and a quarter as many scenes of them "
+        help="pictures to draw and learn from, and a quarter as many scenes of them, 100 at least "
         "(default %(default)s)",
     )
     parser.add_argument(
         "--vision-steps",
         type=int,
-        default=6000,
+        default=7000,
         metavar="INT",
         help="training steps, of 16 pictures and 6 scenes, for the vision tower "
         "(default %(default)s); 0 keeps the tower that is in --out",
@@ -1334,10 +1598,10 @@ def read_arguments():
     parser.add_argument(
         "--language-steps",
         type=int,
-        default=2400,
+        default=2600,
         metavar="INT",
-        help="training steps, of 24 pictures, for the language model, and three quarters as many "
-        "with whole names (default %(default)s)",
+        help="training steps, of 20 pictures, for the language model, and a fifth as many in which "
+        "it learns to hesitate (default %(default)s)",
     )
     return parser.parse_args()
 
@@ -1351,4 +1615,4 @@ if __name__ == "__main__":
             arguments.vision_steps,
             arguments.language_steps,
         )
-    print_card(report_card(MLLM(str(arguments.out), SIDE**2)))
+    print_card(report_card(MLLM(str(arguments.out), SCENE_SIDE**2)))
