@@ -55,7 +55,7 @@ Where it departs from the papers and their research code (see assistant.py for t
 protocols.py for what it is asked about):
 1. An answer that cannot be read is wrong, and no class of its own in F1. (In the research code
    whatever was answered wrongly is one.)
-2. Where the truth is not known, the model itself judges leakage, and writes the row `refined`.
+2. The model itself writes the row `refined`, and where the truth is not known it judges leakage.
    (The research code asks another language model for both.)
 3. RePIC's and SFT's rows are read with their own adapters. (How the paper's were is not known.)
 4. Whether a photo shows none of the things is measured beside the rest and changes none of it.
@@ -107,6 +107,7 @@ from naming import (
     grounding,
     grounding_work,
     name_grounding,
+    taught_names,
 )
 from protocols import (
     PROTOCOLS,
@@ -648,7 +649,7 @@ def speaker_row(mllm, embedder, name, benchmark, options, progress):
     row = Row(name, describe_references(mllm, name, benchmark, options, progress))
     row.reader = reader_of(name, options)
     info = {entry.name: entry.text for entry in row.entries}
-    zero_shot = name == "base"
+    zero_shot = not taught_names(name)
     for part_name, part in benchmark.parts.items():
         if not options.grounding or not part.tested:
             continue
@@ -752,12 +753,12 @@ def settings_of(options):
     return {name: getattr(options, name) for name in names if name not in elsewhere}
 
 
-def row_names(mllm, models, databases):
-    """The rows of a table in their order: refined comes after base, where the model can do that."""
+def row_names(models, databases):
+    """The rows of a table in their order: refined comes after base."""
     names = []
     for name in models:
         names.append(name)
-        if name == "base" and knows(mllm, REFINE):
+        if name == "base":
             names.append("refined")
     return names + databases
 
@@ -824,7 +825,7 @@ def table(mllm, embedder, options, models, replace=False):
     say_what_is_tested(mllm, benchmark)
     kept.measure_with(benchmark.content(), {"device": run.machine(mllm.device)})
 
-    names = row_names(mllm, models, options.database)
+    names = row_names(models, options.database)
     speakers = {}
     missing = []
     for name in names:
@@ -909,15 +910,13 @@ def load_databases(mllm, benchmark, options):
 
 
 def say_what_is_tested(mllm, benchmark):
-    """Print how many things and photos are tested, and which columns and rows there cannot be."""
+    """Print how many things and photos are tested, and which column there cannot be."""
     for name, part in benchmark.parts.items():
         if part.known:
             print(
                 f"{PARTS[name]}: {len(part.tested)} of {len(part.known)} things are tested, by "
                 f"{len(part.tests)} photos"
             )
-    if not knows(mllm, REFINE):
-        print("no row `refined`: the toy model does not know that prompt")
     if benchmark.root and not knows(mllm, LEAKAGE):
         print("no column `leakage`: the toy model does not know that prompt, and so is no judge")
 

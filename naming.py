@@ -24,6 +24,8 @@ Columns:
     precision, recall, F1   of names in captions (see `name_grounding`); of wrong references, too:
                             their names count there, so less is better
     in brackets             names that are there as the prompt has them, in angle brackets
+    matched                 toy only: of the right names that are said, how many stand in a
+                            sentence that is true of the thing that is called so
     ceiling                 names that are among the references: recall can hardly be better
     characters              the mean length of a caption
 
@@ -42,11 +44,12 @@ Where it departs from the paper and its research code:
    Its scripts for two and four things have three others, but the captions that were released with
    them do not.)
 6. The model as it came is asked for the name by one sentence, that of the code. (The captions that
-   were released say "using its given names" for two things, and nothing for four.)
+   were released say "using its given names" for two things, and nothing for four.) So are speakers
+   of the game, who were not taught to say names either.
 7. How Table 3's wrong references were chosen is not published. Here they are drawn, and for two and
    four things as well.
-8. The toy world is asked as in repic.py, the only wordings that its model knows: without what is
-   known of things, and base is not asked for the name.
+8. The toy world is asked as in repic.py, in the only wordings that its model knows: without what is
+   known of things.
 9. evaluate.py --grounding is a smaller measure, of any photos: one reference is retrieved for each
    thing in a picture, by the model's own tower unless --embedder names a CLIP, right ones come in
    the order in which they were drawn, and captions end where its other answers do.
@@ -58,10 +61,11 @@ import dataclasses
 import pathlib
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import run
+import toy
 from assistant import (
     Entry,
     adapt,
@@ -81,7 +85,7 @@ from data import (
 )
 from lora import find_adapter, read_adapter_config, remove_lora
 from model import MLLM, PICTURE, Clip, Prompt
-from repic import PROMPTS, collage
+from repic import ASK_FOR_NAME, PROMPTS, collage, introduce
 from rrg import picture_side
 from run import option
 from tables import ANSWER, KeptTable, Progress, digest_of_files, speaker_of
@@ -139,8 +143,6 @@ QUESTIONS = (  # Table A.3, "General Caption Template", word for word
     "Can you provide a personalized caption for this photo?",
     "Provide a caption of the given image.",
 )
-# Stands after a question to the model as it came, word for word as in the code.
-ASK_FOR_NAME = "Output the final answer including its name."
 
 
 # ------------------------------------------------------------------------- how RePIC is measured
@@ -206,6 +208,21 @@ def recall_in_brackets(rows, case_sensitive=False):
             else:
                 there.append(marker.lower() in caption.lower())
     return sum(there) / max(1, len(there))
+
+
+def share_matched(scenes, captions):
+    """Of the names of what a picture shows that its caption says, how many stand in a sentence that
+    tells the truth about the thing so called?
+
+    -> fraction; None where none is said, or the truth is not known
+    """
+    holds = []
+    for scene, caption in zip(scenes, captions, strict=True):
+        for sentence in caption.split("."):
+            for name, photo in scene.shows.items():
+                if photo.truth and f"<{name}>" in sentence:
+                    holds.append(toy.tells_truth(sentence, photo.truth))
+    return sum(holds) / len(holds) if holds else None
 
 
 # -------------------------------------------------------------------------- queries and databases
@@ -326,6 +343,8 @@ class Scene:
 
     picture: Photo
     references: dict[str, list[Reference]]  # {one of REFERENCES: those that are shown, in order}
+    # {name: the photo of it that the picture is made of}; of a picture that is no collage empty
+    shows: dict[str, Photo] = field(default_factory=dict)
 
     def wanted(self, how):
         """The references whose names are looked for in the caption: of wrong ones their own."""
@@ -383,6 +402,7 @@ FIGURES = {
     "recall": "recall",
     "f1": "F1",
     "recall_in_brackets": "in brackets",
+    "matched": "matched",
     "ceiling": "ceiling",
     "characters": "characters",
 }
@@ -403,17 +423,26 @@ def message(mllm, references, question):
     return f"{text}{PICTURE}This is the query image. {question}"
 
 
+def taught_names(name):
+    """Has a row's model been taught to say names?
+
+    name: "base", or an adapter; one whose run is not known has, as RePIC's published one
+    """
+    return name != "base" and run.run_record(name).get("method") != "rrg"
+
+
 def naming_prompt(mllm, picture, references, number, zero_shot):
     """What the model is asked about picture `number`: the wordings take turns.   -> Prompt
 
     This is the place that knows of the toy world, whose photos tell the truth (departure 8).
-    zero_shot: the model as it came is asked, which does not know that names are wanted
+    zero_shot: the model has not been taught to say names, so a sentence asks for them
     """
     photos = [reference.photos[0] for reference in references] + [picture]
     if photos[0].truth:
         template = PROMPTS["ict"][number % len(PROMPTS["ict"])]
-        names = ", ".join(f"<{reference.shown}>" for reference in references)
-        return Prompt(photos, template.replace("{text}", names))
+        names = [f"<{reference.shown}>" for reference in references]
+        asked = introduce(template, names)
+        return Prompt(photos, f"{asked} {ASK_FOR_NAME}" if zero_shot else asked)
 
     question = QUESTIONS[number % len(QUESTIONS)]
     if zero_shot:
@@ -453,6 +482,7 @@ def measure(mllm, scenes, how, case_sensitive, zero_shot, max_tokens):
         records.append(record)
     figures = name_grounding(rows, case_sensitive) | {
         "recall_in_brackets": recall_in_brackets(rows_as_shown, case_sensitive),
+        "matched": share_matched(scenes, captions),
         "ceiling": sum(among) / len(among),
         "characters": sum(len(caption) for caption in captions) / len(captions),
     }
@@ -498,13 +528,14 @@ def draw_scene(part, splits, references, alike, count, number, side, seed):
         "retrieved": retrieved,
         "wrong": [references[name] for name in others],
     }
-    return Scene(picture, choice)
+    shows = {references[name].shown: photo for name, photo in zip(names, photos, strict=True)}
+    return Scene(picture, choice, shows)
 
 
 def grounding(mllm, embedder, part, splits, info, zero_shot, options):
     """Does the model, as it is now, call concepts by their names?   (RePIC, tables 1 to 3)
 
-    info {concept name: description}; zero_shot: it is the model as it came
+    info {concept name: description}; zero_shot: it has not been taught to (`taught_names`)
     -> ({"names_<count>_<references>_<figure>": value}, [what was asked and answered]); a value is
     None where there are too few concepts
     """
@@ -612,7 +643,7 @@ def caption_row(mllm, name, scenes, options, progress):
     for how in REFERENCES:
         with progress.part(name, how):
             figures, records = measure(
-                mllm, scenes, how, case_sensitive, name == "base", options.max_tokens
+                mllm, scenes, how, case_sensitive, not taught_names(name), options.max_tokens
             )
         row[how] = figures | {"captions": records}
     remove_lora(mllm.model)
@@ -685,6 +716,8 @@ def table(mllm, embedder, queries, references, options):
 
 def cell(figure, value):
     """One figure in words."""
+    if value is None:
+        return "-"
     return f"{value:.0f}" if figure == "characters" else f"{value:.1%}"
 
 

@@ -16,7 +16,7 @@ that are drawn anew for each task: their folders' names could give the answer aw
 supervised fine-tuning of the same adapters on given captions of the ict pictures.
 
     python repic.py                                                   # RePIC in the toy world
-    python repic.py --sft                                             # SFT
+    python repic.py --sft truth                                       # SFT
     python repic.py --model Qwen/Qwen2-VL-2B-Instruct --data photos/  # 2 prompts x 1000 updates
     python repic.py --model ... --tasks tasks.json --images train/    # RePIC's own list of tasks
     python repic.py --out runs/x --resume                             # go on with a killed run
@@ -50,13 +50,15 @@ Where it departs from the paper and its research code:
    lm_head, shorter sides of 512 or 1024 pixels. AdamW and 256 tokens an answer are the same.)
    2000 prompts are the paper's. (The script goes twice through a list of 5000.)
 10. SFT is the same update: one given answer a prompt, of advantage 1, without KL; its gradient is
-   that of the cross-entropy. Its captions are the truth in the toy world, else the model's own.
-   (The paper's SFT models learn 210,000 captions that larger models wrote.)
+   that of the cross-entropy. Its prompts are RePIC's own of ict, in their order. Its captions are
+   the model's own, or the truth in the toy world. (The paper's SFT models learn 210,000 captions
+   that larger models wrote.)
 11. Of --tasks a part is held out for the exam. (The code trains on all of it.)
 
 Shapes: B tasks, G answers to each, N = B*G rows, C tokens of an answer.
 """
 
+import itertools
 import json
 import pathlib
 import random
@@ -77,14 +79,13 @@ from data import (
     DataError,
     Photo,
     Split,
-    games_of_step,
     one_line_errors,
     read_photo,
     tag,
 )
 from grpo import Batch, group_advantages, update
 from lora import lora_off
-from model import MLLM, Completions, Prompt
+from model import MLLM, PICTURE, Completions, Prompt
 from rrg import (
     LEARNER_METRICS,
     LearnerConfig,
@@ -123,9 +124,20 @@ class Config(LearnerConfig):
     """Every setting of a run; each is an option of the command line."""
 
     # RePIC's schedule: 2000 prompts.
-    steps: int = option(1000, "training steps", toy=60, least=1)
+    steps: int = option(
+        1000,
+        "training steps; by default fewer with --sft and --without, since the prompts that they "
+        "leave out are not refilled",
+        toy=170,
+        least=1,
+    )
     games: int = option(2, "B, prompts a step", toy=12, least=1)
-    sft: bool = option(False, "supervised fine-tuning on given captions, in RePIC's place")
+    sft: str = option(
+        "",
+        "supervised fine-tuning on given captions, in RePIC's place: on what the model as it came "
+        "writes when it is asked for the names, or in the toy world on the truth",
+        choices=("base", "truth"),
+    )
     mix: str = option("35,34,26,5", f"the shares of {', '.join(KINDS)}")
     min_chars: int = option(100, "a caption of fewer characters earns nothing", toy=30, least=0)
     without: str = option(
@@ -158,8 +170,10 @@ def read_settings(argv=None):
     share = r"\d+(\.\d+)?"
     if not re.fullmatch(rf"({share},){{3}}{share}", config.mix):
         raise DataError(f"--mix wants the shares of {', '.join(KINDS)}, such as {Config.mix}")
-    if not any(shares_of_kinds(config).values()):
+    if not any(shares_of_kinds(config)[kind] for kind in kept_kinds(config)):
         raise DataError("--mix: the shares that are left may not all be 0")
+    if "steps" not in given and not config.tasks:
+        config.steps = steps_that_are_left(config)
     return config, False
 
 
@@ -171,6 +185,8 @@ def check_combinations(given):
                 "--sft learns one given answer a prompt, without a penalty and without a ratio "
                 f"to clip: leave out {run.flag(name)}"
             )
+    if given.get("sft") == "truth" and given.get("data"):
+        raise DataError("--sft truth: nobody knows the truth about photos; give --sft base")
     if given.get("without") == "length" and "min_chars" in given:
         raise DataError("--without length leaves the least length out: leave out --min-chars")
 
@@ -206,13 +222,30 @@ def task_family(kind):
 
 
 def shares_of_kinds(config):
-    """{kind: its share of the prompts}: of RePIC as --mix and --without say; SFT has captions."""
+    """{kind: its share of the prompts}, as --mix says."""
+    return dict(zip(KINDS, map(float, config.mix.split(",")), strict=True))
+
+
+def kept_kinds(config):
+    """The kinds that are learned: those that --without leaves; SFT has captions only."""
     left_out = ("oct", "vlt") if config.sft else (config.without,)
-    shares = {}
-    for kind, share in zip(KINDS, config.mix.split(","), strict=True):
-        is_left_out = kind in left_out or task_family(kind) in left_out
-        shares[kind] = 0.0 if is_left_out else float(share)
-    return shares
+    return [kind for kind in KINDS if kind not in left_out and task_family(kind) not in left_out]
+
+
+def draw_kinds(shares, seed):
+    """The kinds of the tasks of a whole mix, one after the other, without end."""
+    rng = random.Random(f"kinds {seed}")
+    while True:
+        [kind] = rng.choices(list(shares), list(shares.values()))
+        yield kind
+
+
+def steps_that_are_left(config):
+    """How many steps of kept prompts there are among those of `config.steps` steps: 1 or more."""
+    whole_mix = draw_kinds(shares_of_kinds(config), config.seed)
+    kinds = list(itertools.islice(whole_mix, config.steps * config.games))
+    kept = sum(kinds.count(kind) for kind in kept_kinds(config))
+    return max(1, kept // config.games)
 
 
 # ---------------------------------------------------------------------------------- what is asked
@@ -222,9 +255,8 @@ BOX_FORM = {  # of each unit of `box_unit`
     "thousandths": "For bounding box coordinates, answer in the form (x1,y1),(x2,y2), in "
     "thousandths of the picture's width and height.",
 }
-NAMED = "All pictures but the last show one thing each, in this order: {text}.\n"
 # Each kind of task in several wordings, of which a prompt gets one. Pictures come first, then the
-# text. single_ict and multi_ict share theirs.
+# text; those of ict have their names between them. single_ict and multi_ict share theirs.
 PROMPTS = {
     "oct": [  # {text} is a name in angle brackets
         "The first picture shows {text}. Is that very thing in the second picture, too? "
@@ -237,11 +269,10 @@ PROMPTS = {
         '{"bbox_2d": [x1, y1, x2, y2]}',
         "Locate the {text} in this picture. " + BOX_FORM["pixels"],
     ],
-    "ict": [  # {text} is a list of names in angle brackets, with commas between them
-        NAMED + "Give a caption of the last picture.",
-        NAMED
-        + "Give a personalized caption of the last picture, calling what you know by its name.",
-        NAMED + "Describe the last picture in detail, without repeating what was said here.",
+    "ict": [  # {text} is all pictures, those of one thing each with its name (`introduce`)
+        "{text}Give a caption of the last picture.",
+        "{text}Give a personalized caption of the last picture, calling what you know by its name.",
+        "{text}Describe the last picture in detail, without repeating what was said here.",
     ],
 }
 # vlt, where the model gives boxes in thousandths.
@@ -259,15 +290,10 @@ ICT_ENDINGS = [
     "",
 ]
 
-# What things are called while RePIC trains (departure 8).
-GIVEN_NAMES = (
-    "Aiko Alma Amir Anouk Arjun Asta Ayla Bao Bela Bilal Birte Bruno Carlo Chidi Chloe Cyril Dalia "
-    "Dario Deniz Dmitri Efua Eino Elif Emeka Enzo Esra Fatou Felix Fiona Gita Goran Greta Hana "
-    "Hassan Hugo Ida Igor Imani Ines Ivo Jana Jomo Jonas Juan Kaito Kamal Karin Kofi Lars Leila "
-    "Linh Luca Lwazi Maja Malik Mateo Mei Milan Mina Musa Nadia Naoko Nils Noa Nuria Ola Omar Otto "
-    "Pavel Petra Pia Quynh Rafa Rania Ravi Rosa Ruben Sami Sanna Selma Sofia Soren Suri Taras "
-    "Tariq Thandi Tomas Tove Uma Umar Vera Viktor Wanda Wei Xenia Yara Yuki Yusuf Zeno Zola"
-).split()
+
+PLAIN = "Give a caption of this picture."  # of one photo, without any names
+# Stands after a question to the model as it came, word for word as in the code.
+ASK_FOR_NAME = "Output the final answer including its name."
 
 
 def box_unit(mllm):
@@ -277,6 +303,15 @@ def box_unit(mllm):
     if mllm.config.model_type == "qwen2_vl" and not is_toy:
         return "thousandths"
     return "pixels"
+
+
+def introduce(template, names):
+    """A wording of ict, with each reference picture followed by its name, and the last picture.
+
+    names: in angle brackets
+    """
+    shown = [f"{PICTURE}This is {name}.\n" for name in names]
+    return template.replace("{text}", "".join(shown) + PICTURE)
 
 
 def wordings(kind, unit):
@@ -393,14 +428,11 @@ def draw_names(concepts, others, rng):
     """What some concepts are called in a task: a random name each, which is not their own.
 
     others: all other concepts, whose names are not drawn either. In the toy world they are: its
-    model can spell no names but those of its things.   -> names in angle brackets
+    model can spell no others.   -> names in angle brackets
     """
-    names = GIVEN_NAMES
-    in_use = {concept.name.split("/")[-1].lower() for concept in concepts + others}
-    if concepts[0].photos[0].truth:
-        names = toy.NAMES
-        in_use = {concept.name for concept in concepts}
-    free = [name for name in names if name.lower() not in in_use]
+    avoided = concepts if concepts[0].photos[0].truth else concepts + others
+    in_use = {concept.name.split("/")[-1].lower() for concept in avoided}
+    free = [name for name in toy.NAMES if name.lower() not in in_use]
     return [tag(name) for name in rng.sample(free, len(concepts))]
 
 
@@ -470,7 +502,7 @@ def make_single_ict_task(draw):
     return Task(
         kind="single_ict",
         photos=[views.named, views.shown],
-        text=draw.template.replace("{text}", name),
+        text=introduce(draw.template, [name]),
         solution=[name],
         shown=[Named(name, views.shown)],
     )
@@ -488,7 +520,7 @@ def make_multi_ict_task(draw):
     return Task(
         kind="multi_ict",
         photos=[*references, scene],
-        text=draw.template.replace("{text}", ", ".join(names)),
+        text=introduce(draw.template, names),
         solution=names,
         shown=row_by_row(named, boxes, draw.side),
     )
@@ -502,10 +534,12 @@ MAKERS = {
 }
 
 
-def make_tasks(concepts, shares, count, side, unit, seed):
+def make_tasks(concepts, shares, count, side, unit, seed, kept=tuple(KINDS)):
     """`count` tasks about some concepts, of kinds drawn by their shares.   -> [Task, ...]
 
     shares {kind: weight}; side: pixels of a photo in a scene; unit: of boxes, see `box_unit`
+    kept: tasks of other kinds are drawn, too, but left out: whoever learns fewer kinds gets the
+        same tasks of these kinds, in the same order
     Each task has one wording, so that all answers of its group answer the same. Raises DataError
     for fewer than two concepts.
     """
@@ -514,16 +548,17 @@ def make_tasks(concepts, shares, count, side, unit, seed):
             f"RePIC's tasks need two things or more to train on, but there are {len(concepts)}; "
             "others are kept for the test, so add photos of more things"
         )
-    rng = random.Random(f"kinds {seed}")
-    kinds = rng.choices(list(shares), list(shares.values()), k=count)
     tasks = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(draw_kinds(shares, seed)):
+        if len(tasks) == count:
+            return tasks
+        if kind not in kept:
+            continue
         rng = random.Random(f"task {seed} {number}")
         concept, *others = rng.sample(concepts, len(concepts))
         template = rng.choice(wordings(kind, unit))
         draw = Draw(concept, others, template, side, f"{seed} {number}", rng)
         tasks.append(MAKERS[kind](draw))
-    return tasks
 
 
 # -------------------------------------------------------------- stage 1, too: a given list of tasks
@@ -654,8 +689,8 @@ def mine_list(config, unit):
     Those are at most a fifth, and at most --eval-games. Their pictures may be in others, too.
     Raises DataError where --without leaves none.
     """
-    shares = shares_of_kinds(config)
-    tasks = [task for task in load_tasks(config, unit) if shares[task.kind] > 0]
+    kept = kept_kinds(config)
+    tasks = [task for task in load_tasks(config, unit) if task.kind in kept]
     if not tasks:
         raise DataError(f"{config.tasks} holds no tasks but those that --without leaves out")
     random.Random(f"list {config.seed}").shuffle(tasks)
@@ -664,6 +699,11 @@ def mine_list(config, unit):
         f"{len(tasks)} tasks, of which {len(tasks) - count} kept for the test: {count} to train on"
     )
     return Tasks(tasks[:count], tasks[count:], [], None)
+
+
+def tasks_of_step(tasks, step, size):
+    """The `size` tasks of training step `step`, counted from 0, in order, again and again."""
+    return [tasks[place % len(tasks)] for place in range(step * size, (step + 1) * size)]
 
 
 def mine(mllm, config):
@@ -676,8 +716,9 @@ def mine(mllm, config):
     concepts, split = load_world(mllm, config.data, config.seed, config.train_concepts, skipped)
     mllm.embed(photos_of(concepts))  # so that the tower has seen them, always in the same batches
     side = picture_side(mllm)
-    count = config.steps * config.games  # each task is met once
-    train = make_tasks(split.train, shares_of_kinds(config), count, side, unit, config.seed)
+    count = config.steps * config.games  # so each is met once
+    shares, kept = shares_of_kinds(config), kept_kinds(config)
+    train = make_tasks(split.train, shares, count, side, unit, config.seed, kept)
     seen = held_out_tasks(split.test, config, side, unit)
     unseen = held_out_tasks(split.unseen, config, side, unit)
     counts = {"train": len(train), "seen": len(seen), "unseen": len(unseen)}
@@ -821,29 +862,21 @@ def means_by_kind(kinds, rewards):
 
 
 # --------------------------------------------------------------------------- SFT's given answers
-def given_captions(mllm, tasks, max_tokens, clauses):
+def given_captions(mllm, tasks, config):
     """The captions that SFT learns, of the tasks' last pictures.   -> texts [B]
 
-    In the toy world the truth. Elsewhere what the model with LoRA off says of each photo, in at
-    most `max_tokens` tokens, with the name before it.
-    clauses {photo: what was said of it}: those that are known; new ones are added
+    The truth, or what the model with LoRA off writes when it is asked for the names: what one has
+    without a stronger model.
     """
-    in_order = [named.photo for task in tasks for named in task.shown]
-    new = [photo for photo in dict.fromkeys(in_order) if photo not in clauses]
-    if new and not new[0].truth:
-        prompts = [Prompt([photo], "Give a caption of this picture.") for photo in new]
+    if config.sft == "base":
+        prompts = [Prompt(task.photos, f"{task.text} {ASK_FOR_NAME}") for task in tasks]
         with lora_off(mllm.model):
-            clauses.update(zip(new, mllm.greedy(prompts, max_tokens), strict=True))
+            return mllm.greedy(prompts, config.max_tokens)
 
     captions = []
     for task in tasks:
-        parts = []
-        for named in task.shown:
-            if named.photo.truth:
-                parts.append(toy.clause(named.name, named.photo.truth))
-            else:
-                parts.append(f"{named.name}: {clauses[named.photo]}")
-        captions.append(" ".join(parts))
+        clauses = [toy.clause(named.name, named.photo.truth) for named in task.shown]
+        captions.append(" ".join(clauses))
     return captions
 
 
@@ -857,11 +890,8 @@ def as_completions(mllm, texts):
 
 
 # ---------------------------------------------------------------------------------------- a step
-def train_step(mllm, tasks, optimizer, step, config, clauses):
-    """Answer B tasks and learn from them.   -> (metrics, the first task with its answers)
-
-    clauses: what SFT's captions are made of, kept from step to step (`given_captions`)
-    """
+def train_step(mllm, tasks, optimizer, step, config):
+    """Answer B tasks and learn from them.   -> (metrics, the first task with its answers)"""
     G = config.samples
     N = len(tasks) * G
     # Micro-batches are whole tasks, so that a prompt is read once. (The last may reach beyond N,
@@ -884,7 +914,7 @@ def train_step(mllm, tasks, optimizer, step, config, clauses):
     # 2. Speak, with LoRA on. SFT is given its answers (departure 10), whose log-probs are known
     # when they are learned.
     if config.sft:
-        captions = given_captions(mllm, tasks, config.max_tokens, clauses)
+        captions = given_captions(mllm, tasks, config)
         answers = as_completions(mllm, captions)
         given_logps = torch.zeros(answers.ids.shape, device=mllm.device)  # [N, C]
     else:
@@ -1010,15 +1040,14 @@ def train(config, resume=False):
         folder.begin(mllm.device, tasks.split)
         folder.save(state, mllm.model, optimizer)
 
-    clauses = {}  # which SFT learns
     for step in folder.steps(state.step):
         started = time.time()
         lr = learning_rate(step, config)
         optimizer.param_groups[0]["lr"] = lr
 
-        todays = games_of_step(tasks.train, step, config.games, config.seed)
+        todays = tasks_of_step(tasks.train, step, config.games)
         todays = run.my_part(todays)
-        metrics, example = train_step(mllm, todays, optimizer, step, config, clauses)
+        metrics, example = train_step(mllm, todays, optimizer, step, config)
 
         seconds = time.time() - started
         state.step = step + 1

@@ -28,14 +28,14 @@ WORLD = toy.world  # which some tests replace
 
 # --------------------------------------------------------------------------------------- helpers
 def small_world(seed=0, size=64, concepts=4, views=3):
-    return WORLD(seed, size, concepts, views)
+    return WORLD(seed, size, concepts, views, photos=1)
 
 
 def shrink_world(monkeypatch, concepts):
     """Let the toy world have so many concepts of each category, with two photos each."""
 
     def world(seed, size):
-        return WORLD(seed, size, concepts, views=2)
+        return WORLD(seed, size, concepts, photos=1)
 
     monkeypatch.setattr(toy, "world", world)
 
@@ -236,8 +236,9 @@ def test_the_toy_model_finds_its_own_and_refuses_strangers(right):
 
 def test_counts(right):
     counts = dict(right["counts"])
-    for task in ("captions", "recognition", "vqa"):
-        assert counts.pop(f"unparsed_{task}") <= 2
+    for task, answers in (("captions", 60), ("recognition", 1800), ("vqa", 180)):
+        unparsed = counts.pop(f"unparsed_{task}")
+        assert unparsed <= answers / 50, task
     assert counts == {
         "concepts": 30,
         "database": 30,
@@ -251,7 +252,7 @@ def test_counts(right):
 
 @pytest.mark.slow
 def test_the_toy_model_can_read_the_prompts_in_full(toy_mllm):
-    concepts = toy.world(11, 64, 12, 2)
+    concepts = toy.world(11, 64, 12, photos=1)
     entries = [perfect_entry(concept) for concept in concepts]
     figures = examine(toy_mllm, concepts, entries).figures
     print(figures)
@@ -371,9 +372,9 @@ def test_a_bare_adapter_gives_the_row_of_base(base_table):
     assert list(content) == ["settings", "command", "device", "photos", "speakers", "rows"]
     assert content["settings"]["seed"] == 0
     assert not {"adapter", "database", "data", "out"} & content["settings"].keys()
-    base, bare = content["rows"].values()
-    assert list(content["rows"]) == ["base", str(base_table / "adapter")]
-    assert base == bare
+    base, refined, bare = content["rows"].values()
+    assert list(content["rows"]) == ["base", "refined", str(base_table / "adapter")]
+    assert base == bare != refined
 
 
 def test_the_json_of_a_table(base_table):
@@ -394,9 +395,8 @@ def test_the_json_of_a_table(base_table):
 def test_a_table_is_printed_as_markdown(base_table):
     printed = (base_table / "printed.txt").read_text()
     assert "evaluating base" in printed
-    assert "no row `refined`" in printed
     assert "| recognition | all pairs | positive | negative | across |" in printed
-    assert printed.count("| base |") == 2
+    assert printed.count("| base |") == printed.count("| refined |") == 2
     assert printed.count("|  | caption F1 | precision |") == 2
     assert printed.count("\nseen categories: 2 test photos of 2 concepts") == 1
     assert "1 right" not in printed
@@ -406,14 +406,15 @@ def test_descriptions_that_were_written_down_are_worth_the_same(base_table, tmp_
     database = base_table / "table-base-database.json"
     remembered = json.loads(database.read_text())
     assert len(remembered["concept_dict"]) == 20
-    assert remembered["path_to_concept"]["mug-1/1"] == "<mug-1>"
-    assert remembered["concept_dict"]["<mug-1>"]["info"].startswith("A photo of a")
+    name = WORLD(0, concepts=2)[0].name
+    assert remembered["path_to_concept"][f"mug/{name}/1"] == f"<{name}>"
+    assert remembered["concept_dict"][f"<{name}>"]["info"].startswith("A photo of a")
 
     shrink_world(monkeypatch, concepts=2)
     out = tmp_path / "again.json"
     evaluate.main(["--database", str(database), "--out", str(out)])
     rows = read_table(out)
-    assert list(rows) == ["base", str(database)]
+    assert list(rows) == ["base", "refined", str(database)]
     base = read_table(base_table / "table.json")["base"]
     assert rows["base"] == rows[str(database)] == base
 
@@ -541,14 +542,14 @@ def test_the_same_command_measures_nothing_twice(done_table, monkeypatch, capsys
 
 
 def test_an_interrupted_table_goes_on(done_table, monkeypatch, capsys):
-    """As soon as base is done it is kept, and only the adapter's row is left to measure."""
+    """As soon as a row is done it is kept, and only the adapter's is left to measure."""
     for name in ("table.json", "table-answers.jsonl", "table-base-database.json"):
         (done_table / name).unlink()
     examined = []  # the databases
 
     def examine(mllm, embedder, entries, *rest):
         examined.append(entries)
-        if len(examined) == 3:  # of base there are two parts, this is the adapter's first
+        if len(examined) == 5:  # of each row there are two parts, this is the adapter's first
             raise KeyboardInterrupt
         return evaluate.Examined(no_figures().figures, [{"task": "caption"}])
 
@@ -556,17 +557,17 @@ def test_an_interrupted_table_goes_on(done_table, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_again(done_table)
     assert "the same command goes on: the rows that are done are in" in capsys.readouterr().out
-    assert list(read_table(done_table / "table.json")) == ["base"]
+    assert list(read_table(done_table / "table.json")) == ["base", "refined"]
     lines = (done_table / "table-answers.jsonl").read_text().splitlines()
     said = [(json.loads(line)["row"], json.loads(line)["part"]) for line in lines]
-    assert said == [("base", "seen"), ("base", "unseen")]
+    assert said == [(row, part) for row in ("base", "refined") for part in ("seen", "unseen")]
     assert (done_table / "table-base-database.json").exists()
 
     run_again(done_table)
-    assert len(examined) == 3 + 2
+    assert len(examined) == 5 + 2
     rows = read_table(done_table / "table.json")
-    assert list(rows) == ["base", str(done_table / "adapter")]
-    assert len((done_table / "table-answers.jsonl").read_text().splitlines()) == 4
+    assert list(rows) == ["base", "refined", str(done_table / "adapter")]
+    assert len((done_table / "table-answers.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_row_is_measured_anew_if_its_adapter_has_changed(done_table, monkeypatch):
@@ -612,7 +613,7 @@ def test_everything_that_was_said_is_beside_the_table(base_table):
             assert counts[name, part, "recognition"] == expected["pairs"]
             assert counts[name, part, "question"] == expected["questions"]
             assert counts[name, part, "leakage"] == expected["database"]
-    assert len({record["row"] for record in records}) == 2
+    assert len({record["row"] for record in records}) == 3
 
 
 def test_answers_of_other_rows_stay(tmp_path):
@@ -662,7 +663,7 @@ def test_a_folder_for_the_table_is_made(base_table, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "examine", no_figures)
     out = tmp_path / "not/there/t.json"
     evaluate.main(["--max-tokens", "3", "--out", str(out)])
-    assert list(read_table(out)) == ["base"]
+    assert list(read_table(out)) == ["base", "refined"]
 
 
 def test_the_work_of_a_table_is_known_at_its_start(toy_mllm, monkeypatch):
@@ -704,20 +705,19 @@ def save_toys(root, concepts):
 
 
 def test_the_toy_model_is_no_judge_of_a_folder_of_toys(tmp_path, capsys):
-    """Which is known at the start: the column is "-", and there is no row `refined`."""
+    """Which is known at the start: the column is "-"."""
     root = save_toys(tmp_path / "toys", small_world(concepts=1, views=2)[:4])
     out = tmp_path / "t.json"
     evaluate.main(["--data", str(root), "--all", "--max-pixels", "4096", "--out", str(out)])
     rows = read_table(out)
-    assert list(rows) == ["base"]
+    assert list(rows) == ["base", "refined"]
     assert rows["base"]["all"]["leakage"] is None
     assert rows["base"]["all"]["captioning_f1"] > 0
     printed = capsys.readouterr().out
     beginning, table = printed.split("evaluating base")
     assert "no column `leakage`: the toy model does not know that prompt" in beginning
-    assert "no row `refined`: the toy model does not know that prompt" in beginning
-    heading, _, row = [line.split(" | ") for line in table.splitlines() if line.startswith("|")]
-    assert row[heading.index("leakage")] == "-"
+    heading, _, *cells = [line.split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert [row[heading.index("leakage")] for row in cells] == ["-", "-"]
 
 
 # -------------------------------------------------------------------------------- a published row
@@ -909,16 +909,16 @@ def test_who_reads(method, reader, read_with_it, toy_adapter, tmp_path, monkeypa
     rows = evaluate.table(mllm, mllm, options, ["base", str(tmp_path / "adapter")])["rows"]
 
     assert on["describe"] == [False, True]
-    for name in reading:  # base and the adapter, of seen and of unseen categories
-        assert on[name] == [False, False, read_with_it, read_with_it]
-    assert on["retrieve"] == on["leakage"] == [False] * 4
+    for name in reading:  # base, refined and the adapter, of seen and of unseen categories
+        assert on[name] == [False] * 4 + [read_with_it] * 2
+    assert on["retrieve"] == on["leakage"] == [False] * 6
     assert not lora_layers(mllm.model)
 
-    base, adapter = rows.values()
+    base, _, adapter = rows.values()
     assert base["seen"]["reader"] == "base"
     assert adapter["unseen"]["reader"] == ("adapter" if read_with_it else "base")
     _, lines = next(evaluate.tables(rows))
-    assert lines[2][0] == str(tmp_path / "adapter") + ", read with it" * read_with_it
+    assert lines[3][0] == str(tmp_path / "adapter") + ", read with it" * read_with_it
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ IMPORTS = {
     "tables": "data lora model run",
     "assistant": "data lora model reward run toy",
     "protocols": "assistant data rrg run toy",
-    "naming": "assistant data lora model repic rrg run tables",
+    "naming": "assistant data lora model repic rrg run tables toy",
     "evaluate": "assistant data lora model naming protocols rrg run tables toy",
     "report": "data evaluate grpo lora model repic reward rrg run toy",
 }

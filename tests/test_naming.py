@@ -14,7 +14,7 @@ from lora import add_lora, lora_layers, save_adapter
 from model import MLLM, PICTURE
 from naming import PROTOCOLS, Reference
 from protocols import Part, PhotoSplit
-from repic import PROMPTS
+from repic import ASK_FOR_NAME, PROMPTS, introduce
 from test_data import make_photos
 from test_evaluate import no_figures, options_of, read_table, shrink_world, small_world
 
@@ -65,6 +65,46 @@ def test_names_in_brackets_by_hand():
     assert naming.recall_in_brackets([]) == 0
 
 
+MUG = {"category": "mug", "colour": "red", "pattern": "striped", "badge": "star"}
+HOUSE = {"category": "house", "colour": "blue", "pattern": "plain", "badge": "heart"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "matched"),
+    [
+        ("<Ada> is a red mug. <Bo> is a blue house.", 1),
+        ("<Bo> is a red mug. <Ada> is a blue house.", 0),
+        ("<Ada> is a red mug. <Bo> is a blue mug.", 1 / 2),
+        (
+            "<Ada> is a red mug. <Carl> is a blue house.",
+            1,
+        ),  # what is not shown is another measure's
+        ("<Ada> <Bo>.", 0),  # a sentence that says nothing is no match
+        ("A red mug and a blue house.", None),
+    ],
+)
+def test_whether_a_name_stands_with_its_own_thing(caption, matched):
+    shows = {"Ada": Photo("a", load=None, truth=MUG), "Bo": Photo("b", load=None, truth=HOUSE)}
+    scene = naming.Scene(Photo("scene", load=None), {}, shows)
+    assert naming.share_matched([scene], [caption]) == matched
+
+
+def test_of_photos_whose_truth_is_not_known_no_names_are_matched():
+    scene = naming.Scene(Photo("scene", load=None), {}, {"Ada": Photo("a", load=None)})
+    assert naming.share_matched([scene], ["<Ada> is a red mug."]) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "taught"), [("rrg", False), ("repic", True), ("sft", True), (None, True)]
+)
+def test_who_was_taught_to_say_names(method, taught, tmp_path):
+    """An adapter without a run, such as a published one, was."""
+    assert not naming.taught_names("base")
+    if method:
+        (tmp_path / "config.json").write_text(json.dumps({"method": method}))
+    assert naming.taught_names(str(tmp_path / "adapter")) == taught
+
+
 # ------------------------------------------------------------------------------ names in captions
 class Parrot:
     """A caption writer that says every name it is given, and remembers what it was asked."""
@@ -94,7 +134,7 @@ def parroted(toy_mllm):
             toy_mllm,
             part,
             splits,
-            {"mug-1": "A mug."},
+            {concepts[0].name: "A mug."},
             zero_shot=True,
             options=options_of(),
         )
@@ -142,9 +182,9 @@ def test_grounding_asks_the_toy_model_in_the_wordings_that_it_knows(parroted):
     """In turn, with the names and nothing else."""
     _, _, prompts = parroted
     for number, prompt in enumerate(prompts):
-        names = ", ".join(re.findall(r"<[\w-]+>", prompt.text))
+        names = re.findall(r"<[A-Z]\w+>", prompt.text)
         template = PROMPTS["ict"][number % naming.SCENES % 3]
-        assert prompt.text == template.replace("{text}", names)
+        assert prompt.text == f"{introduce(template, names)} {ASK_FOR_NAME}"
 
 
 def test_grounding_asks_a_real_model_in_repics_layout(byte_folder, monkeypatch):
