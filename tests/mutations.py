@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "what is missing comes from the least similar",
         "data.py",
-        "for other in strangers[:missing]]",
-        "for other in strangers[-missing:]]",
+        "for other in left_over[:missing]]",
+        "for other in left_over[-missing:]]",
         "data",
     ),
     Mutation(
@@ -286,6 +286,13 @@ MUTATIONS = [
     ),
     Mutation(
         "a photo is opened as whatever it contains", "data.py", ", formats=FORMATS", "", "data"
+    ),
+    Mutation(
+        "negatives of other categories are of the same",
+        "data.py",
+        "if other.category != concept.category]",
+        "if other.category == concept.category]",
+        "data",
     ),
     # --- model.py
     Mutation(
@@ -469,8 +476,8 @@ MUTATIONS = [
     Mutation(
         "a name that is the thing's own",
         "repic.py",
-        "free = [name for name in names if name.lower() not in in_use]",
-        "free = [name for name in names if name.lower() in in_use] * 9",
+        "free = [name for name in toy.NAMES if name.lower() not in in_use]",
+        "free = [name for name in toy.NAMES if name.lower() in in_use] * 9",
         "repic",
     ),
     Mutation(
@@ -504,8 +511,29 @@ MUTATIONS = [
     Mutation(
         "SFT's captions are said with LoRA on",
         "repic.py",
-        "        with lora_off(mllm.model):\n            clauses",
-        "        if True:\n            clauses",
+        "        with lora_off(mllm.model):\n            return mllm.greedy(prompts, config",
+        "        if True:\n            return mllm.greedy(prompts, config",
+        "repic",
+    ),
+    Mutation(
+        "SFT's teacher is not asked for the names",
+        "repic.py",
+        'Prompt(task.photos, f"{task.text} {ASK_FOR_NAME}") for',
+        "Prompt(task.photos, task.text) for",
+        "repic",
+    ),
+    Mutation(
+        "what is left out is refilled",
+        "repic.py",
+        "shares, kept = shares_of_kinds(config), kept_kinds(config)",
+        "shares, kept = dict.fromkeys(kept_kinds(config), 1.0), kept_kinds(config)",
+        "repic",
+    ),
+    Mutation(
+        "each reference has the next one's name",
+        "repic.py",
+        'shown = [f"{PICTURE}This is {name}.\\n" for name in names]',
+        'shown = [f"This is {name}.\\n{PICTURE}" for name in names]',
         "repic",
     ),
     Mutation(
@@ -659,6 +687,65 @@ MUTATIONS = [
         "if there:",
         "naming",
     ),
+    Mutation(
+        "a name is matched by being there",
+        "naming.py",
+        "holds.append(toy.tells_truth(sentence, photo.truth))",
+        "holds.append(True)",
+        "naming",
+    ),
+    Mutation(
+        "speakers of the game are not asked for names",
+        "naming.py",
+        'return name != "base" and run.run_record(name).get("method") != "rrg"',
+        'return name != "base"',
+        "naming",
+    ),
+    # --- toy.py
+    Mutation(
+        "each photo is an occasion of its own",
+        "toy.py",
+        "album.append(take_photo(title, subject, occasion, rng, size, part))",
+        "album.append(take_photo(title, subject, new_occasion(rng), rng, size, part))",
+        "toy",
+    ),
+    Mutation(
+        "photos to test with are of the first occasion, too",
+        "toy.py",
+        'part = "train" if number == 0 else "test"',
+        'part = "test" if number == 0 else "train"',
+        "toy",
+    ),
+    # --- make.py
+    Mutation(
+        "a stage depends on whether the one before it was taken up",
+        "toy-qwen2-vl/make.py",
+        "    torch.manual_seed(number)\n",
+        "",
+        "make",
+    ),
+    Mutation(
+        "a tower whose image tokens need not know their subject",
+        "toy-qwen2-vl/make.py",
+        "            if step >= self.steps // 3:\n",
+        "            if step >= self.steps:\n",
+        "make",
+    ),
+    Mutation(
+        "a name decides a caption, but not what stands in its place",
+        "toy-qwen2-vl/make.py",
+        "    return is_first | is_later\n",
+        "    return (is_first | is_later) & torch.isin(rows.labels, token_ids(tokenizer, TAGS))\n",
+        "make",
+    ),
+    Mutation(
+        "a wrong reference is named",
+        "toy-qwen2-vl/make.py",
+        "        else:\n            reference = rng.randrange(len(dataset.photos))",
+        "        else:\n            name_of[subject.photo] = name\n"
+        "            reference = rng.randrange(len(dataset.photos))",
+        "make",
+    ),
 ]
 
 
@@ -683,7 +770,9 @@ def survives(mutation, copy):
 
 def main():
     wanted = [f"{name.removesuffix('.py')}.py" for name in sys.argv[1:]]
-    mutations = [m for m in MUTATIONS if not wanted or m.file in wanted]
+    mutations = MUTATIONS
+    if wanted:
+        mutations = [m for m in MUTATIONS if pathlib.Path(m.file).name in wanted]
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "copy"

@@ -56,10 +56,10 @@ def newcomer(tmp_path, monkeypatch, byte_folder):
             folder.mkdir(parents=True)
             for number, photo in enumerate(concept.photos):
                 photo.load().save(folder / f"IMG {number}.jpg")
-    content = (tmp_path / "my_photos/mug-1/IMG 1.jpg").read_bytes()
+    content = (tmp_path / "my_photos" / toy.world(1)[0].name / "IMG 1.jpg").read_bytes()
     (tmp_path / "photo.jpg").write_bytes(content)
 
-    monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=4, views=2))
+    monkeypatch.setattr(toy, "world", functools.partial(toy.world, concepts=4, photos=1))
 
     def snapshot_download(name, repo_type):
         return str(tmp_path / "hub")
