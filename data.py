@@ -829,6 +829,17 @@ def hard_negatives(concept, others, similarity, count):
     return photos + [similarity.best_photo(other) for other in left_over[:missing]], True
 
 
+def of_other_categories(concept, others, count):
+    """The others that are not of the concept's category. Raises DataError for fewer than count."""
+    elsewhere = [other for other in others if other.category != concept.category]
+    if len(elsewhere) < count:
+        raise DataError(
+            f"--negatives other wants {count} things that are no {concept.category}, here are only "
+            f"{len(elsewhere)}; give things of more categories"
+        )
+    return elsewhere
+
+
 def random_negatives(others, count, rng):
     """Any photos of any of these concepts, of which there are `count` or more.   -> count photos"""
     return [rng.choice(other.photos) for other in rng.sample(others, count)]
@@ -889,12 +900,7 @@ def mine_games(
             elif negatives == "random":
                 chosen = random_negatives(others, k - 1, rng)
             else:
-                elsewhere = [other for other in others if other.category != concept.category]
-                if len(elsewhere) < k - 1:
-                    raise DataError(
-                        f"--negatives other wants {k - 1} things that are no {concept.category}, "
-                        f"here are only {len(elsewhere)}; give things of more categories"
-                    )
+                elsewhere = of_other_categories(concept, others, k - 1)
                 chosen = random_negatives(elsewhere, k - 1, rng)
 
             # The pool, shuffled, so that the place in it tells nothing.
